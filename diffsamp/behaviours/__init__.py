@@ -1,0 +1,17 @@
+"""Where training paths come from, one behaviour per file."""
+
+from diffsamp.behaviours.exploration import exploration as exploration
+from diffsamp.behaviours.mixture import mixture as mixture
+from diffsamp.behaviours.on_policy import on_policy as on_policy
+from diffsamp.behaviours.reference_draws import reference_draws as reference_draws
+from diffsamp.behaviours.replay import replay as replay
+from diffsamp.behaviours.smc_seeded import smc_seeded as smc_seeded
+
+__all__ = [
+    "exploration",
+    "mixture",
+    "on_policy",
+    "reference_draws",
+    "replay",
+    "smc_seeded",
+]

@@ -1,0 +1,66 @@
+"""Batches of paths, forwards and backwards."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from diffsamp.types import Array, Cost, Energy, Key, Params, Path, Proposal
+
+FREE = Cost(0, 0)
+
+
+def simulate(
+    key: Key,
+    sampler: Any,
+    params: Params,
+    energy: Energy,
+    batch_size: int,
+    extra_std: Array | float = 0.0,
+) -> Path:
+    """``batch_size`` paths from the generation process."""
+
+    def one(key):
+        return sampler.simulate(params, key, energy, extra_std=extra_std)
+
+    return jax.vmap(one)(jax.random.split(key, batch_size))
+
+
+def trace_back(
+    key: Key, sampler: Any, params: Params, energy: Energy, x: Array
+) -> Path:
+    """One path into each of the points x [B, D], by the destruction kernel."""
+
+    def one(key, x):
+        return sampler.trace_path(params, key, x, energy)
+
+    return jax.vmap(one)(jax.random.split(key, x.shape[0]), x)
+
+
+def proposal(
+    paths: Path,
+    *,
+    simulated: bool = False,
+    on_policy: bool = False,
+    target_draws: bool = False,
+) -> Proposal:
+    """A proposal whose rows are all of one kind."""
+
+    def rows(flag):
+        return jnp.full(paths.energy.shape, flag)
+
+    return Proposal(paths, rows(simulated), rows(on_policy), rows(target_draws))
+
+
+def no_state(key: Key, sampler: Any, params: Params, energy: Energy) -> tuple[Any, Cost]:
+    """`Behaviour.init` of behaviours without state."""
+    del key, sampler, params, energy
+    return (), FREE
+
+
+def keep_state(state, key, sampler, params, energy, trajectories, proposal, count):
+    """`Behaviour.update` that changes nothing."""
+    del key, sampler, params, energy, trajectories, proposal, count
+    return state, FREE

@@ -1,0 +1,93 @@
+"""Mixtures of behaviours: each gets a fixed share of every batch."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from diffsamp.types import Behaviour, Cost, Provides
+
+
+@functools.cache
+def mixture(*members: tuple[Behaviour, float]) -> Behaviour:
+    """A batch made of shares from several behaviours.
+
+    Args:
+        *members: pairs ``(behaviour, share)``; shares are positive and are normalised.
+
+    Raises:
+        ValueError: when a member is not such a pair, a share is not positive, or (in
+            training) a share of the batch is less than one row.
+
+    Example:
+        >>> import diffsamp as ds
+        >>> behaviour = ds.behaviours.mixture(
+        ...     (ds.behaviours.on_policy(), 0.5), (ds.behaviours.replay(), 0.5)
+        ... )
+    """
+    if not members:
+        raise ValueError("mixture needs at least one (behaviour, share) pair")
+    for member in members:
+        if not (
+            isinstance(member, tuple)
+            and len(member) == 2
+            and isinstance(member[0], Behaviour)
+            and member[1] > 0
+        ):
+            raise ValueError(
+                f"mixture takes pairs (behaviour, share > 0), got {member!r}"
+            )
+    behaviours = [behaviour for behaviour, _ in members]
+    shares = np.array([share for _, share in members], np.float64)
+    shares /= shares.sum()
+
+    def sizes(batch_size):
+        ends = np.round(np.cumsum(shares) * batch_size).astype(int)
+        counts = np.diff(ends, prepend=0)
+        if counts.min() < 1:
+            raise ValueError(
+                f"batch_size={batch_size} leaves a member of the mixture without a row; "
+                "raise batch_size or the smallest share"
+            )
+        return counts
+
+    def init(key, sampler, params, energy):
+        keys = jax.random.split(key, len(behaviours))
+        pairs = [
+            b.init(k, sampler, params, energy)
+            for b, k in zip(behaviours, keys, strict=True)
+        ]
+        return tuple(state for state, _ in pairs), _total([cost for _, cost in pairs])
+
+    def propose(states, key, sampler, params, energy, batch_size, count):
+        keys = jax.random.split(key, len(behaviours))
+        parts = [
+            b.propose(state, k, sampler, params, energy, int(n), count)
+            for b, state, k, n in zip(
+                behaviours, states, keys, sizes(batch_size), strict=True
+            )
+        ]
+        return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
+
+    def update(states, key, sampler, params, energy, trajectories, proposal, count):
+        keys = jax.random.split(key, len(behaviours))
+        pairs = [
+            b.update(s, k, sampler, params, energy, trajectories, proposal, count)
+            for b, s, k in zip(behaviours, states, keys, strict=True)
+        ]
+        return tuple(state for state, _ in pairs), _total([cost for _, cost in pairs])
+
+    provides = Provides(
+        simulated=any(b.provides.simulated for b in behaviours),
+        on_policy=any(b.provides.on_policy for b in behaviours),
+        only_on_policy=all(b.provides.only_on_policy for b in behaviours),
+        target_draws=any(b.provides.target_draws for b in behaviours),
+    )
+    return Behaviour(init, propose, update, provides)
+
+
+def _total(costs):
+    return Cost(sum(c.energy for c in costs), sum(c.gradient for c in costs))

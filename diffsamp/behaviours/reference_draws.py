@@ -1,0 +1,48 @@
+"""Given target draws, traced back by the destruction kernel."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from diffsamp.behaviours.common import FREE, keep_state, proposal, trace_back
+from diffsamp.types import Array, Behaviour, Provides
+
+
+def reference_draws(draws: Array) -> Behaviour:
+    """Paths into draws from the target that the user already has.
+
+    Args:
+        draws: points, [N, D], from the target or nearly so.
+
+    Raises:
+        ValueError: when draws is not a finite array of shape [N, D].
+
+    Example:
+        >>> import jax, diffsamp as ds
+        >>> draws = ds.targets.gmm9().sample(jax.random.key(0), 100)
+        >>> ds.behaviours.reference_draws(draws).provides.target_draws
+        True
+    """
+    points = jnp.asarray(draws)
+    if points.ndim != 2 or points.shape[0] == 0:
+        raise ValueError(f"draws must have shape [N, D], got {list(points.shape)}")
+    if not bool(jnp.all(jnp.isfinite(points))):
+        raise ValueError("draws must be finite; remove NaN and infinite rows")
+
+    def init(key, sampler, params, energy):
+        del key, params, energy
+        if points.shape[1] != sampler.dim:
+            raise ValueError(
+                f"draws must have {sampler.dim} columns, got {points.shape[1]}"
+            )
+        return points, FREE
+
+    def propose(points, key, sampler, params, energy, batch_size, count):
+        del count
+        pick, walk = jax.random.split(key)
+        index = jax.random.randint(pick, (batch_size,), 0, points.shape[0])
+        paths = trace_back(walk, sampler, params, energy, points[index])
+        return proposal(paths, target_draws=True)
+
+    return Behaviour(init, propose, keep_state, Provides(target_draws=True))

@@ -1,0 +1,82 @@
+"""Checks and adapters at the border between users' functions and compiled code."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.tree_util import Partial
+
+from diffsamp.types import Array, Energy, Key
+
+
+def as_key(key: Any) -> Key:
+    """Accepts typed keys and raw uint32 keys of shape [2]; returns a typed key.
+
+    Raises:
+        ValueError: when it is neither.
+    """
+    if isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        return key
+    shape, dtype = getattr(key, "shape", None), getattr(key, "dtype", None)
+    if dtype == jnp.uint32 and shape and shape[-1] == 2:
+        return jax.random.wrap_key_data(jnp.asarray(key), impl="threefry2x32")
+    raise ValueError(
+        "key must be jax.random.key(seed) or a raw uint32 key of shape [2], got "
+        f"{type(key).__name__} of dtype {dtype} and shape {shape}"
+    )
+
+
+def as_energy(energy: Callable[..., Array]) -> Partial:
+    """Wraps any callable so that it can be an argument of compiled code.
+
+    A ``jax.tree_util.Partial`` passes unchanged, its data stay data. Anything else is
+    wrapped; two wraps of the same function share compiled code.
+
+    Raises:
+        ValueError: when it is not callable.
+    """
+    if isinstance(energy, Partial):
+        return energy
+    if not callable(energy):
+        raise ValueError(
+            "energy must be a function of one point [D]; for a Target pass "
+            f"target.energy. Got {type(energy).__name__}"
+        )
+    return Partial(energy)
+
+
+def bind_condition(energy: Callable[..., Array], condition: Any) -> Energy:
+    """``energy(x, condition)`` as a function of x; unchanged without a condition."""
+    if condition is None:
+        return energy
+    return lambda x: energy(x, condition)
+
+
+def check_energy(energy: Energy, dim: int, dtype: Any) -> None:
+    """Checks by shape evaluation alone that energy maps [dim] to a float scalar.
+
+    Raises:
+        ValueError: when it fails on such a point or returns something else.
+    """
+    point = jax.ShapeDtypeStruct((dim,), dtype)
+    try:
+        out = jax.eval_shape(energy, point)
+    except Exception as error:
+        raise ValueError(
+            f"energy failed on one point of shape [{dim}] ({type(error).__name__}: "
+            f"{error}). Check that dim={dim} is the target's dimension and that energy "
+            "takes one point, not a batch, and is traceable by JAX"
+        ) from error
+    if not hasattr(out, "shape") or out.shape != ():
+        raise ValueError(
+            "energy must return a scalar for one point [D], got "
+            f"{getattr(out, 'shape', type(out))}; sum over coordinates, do not batch"
+        )
+    if not jnp.issubdtype(out.dtype, jnp.floating):
+        raise ValueError(
+            f"energy must return a floating-point number, got {out.dtype}; "
+            "convert integer data to float"
+        )

@@ -1,0 +1,151 @@
+"""Evaluation against the truth a target knows about itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from diffsamp import diagnostics, drawing, evidence, metrics, probes
+from diffsamp.energies import as_key
+from diffsamp.sampler import Sampler
+from diffsamp.types import Key, Params, Target
+
+
+def evaluate(
+    key: Key,
+    sampler: Sampler,
+    params: Params,
+    target: Target,
+    *,
+    num_draws: int = 2_000,
+    reference_draws: Any = None,
+    sinkhorn: bool = True,
+    batch_size: int = 8_192,
+) -> dict[str, Any]:
+    """Every measure of quality that the target allows, each beside its floor.
+
+    Distances are between ``num_draws`` points (at most 2,000) resampled by weight and as
+    many exact draws; ``*_unweighted`` uses the raw draws. The floor is the same distance
+    between two independent sets of exact draws: a value below it is as wrong as one far
+    above.
+
+    Args:
+        key: random key; consumed.
+        sampler: the sampler.
+        params: its parameters.
+        target: the target; ``sample``, ``log_z`` and ``modes`` are used where known.
+        num_draws: N.
+        reference_draws: draws from the target, [M, D], where it cannot sample itself.
+        sinkhorn: whether to compute Sinkhorn divergences, which needs OTT
+            (``pip install diffsamp[ot]``) and some seconds.
+        batch_size: paths per compiled call.
+
+    Returns:
+        A dict with ``elbo``, ``log_z``, ``log_z_standard_error``, ``ess`` (fraction),
+        ``pareto_k``, ``verdict``, counts; with reference draws also ``eubo``,
+        ``log_z_forward``, ``forward_ess``, ``w2``, ``sinkhorn``, ``mmd``, ``quantiles``
+        and their floors; with known modes ``mode_weights``, ``mode_tv``; with a known
+        log Z ``log_z_error``, ``elbo_gap``, ``eubo_gap``.
+
+    Example:
+        >>> import jax, diffsamp as ds
+        >>> target = ds.targets.gmm9()
+        >>> sampler = ds.samplers.dis(dim=2, num_steps=4, scale=4.0)
+        >>> params = sampler.init(jax.random.key(0))
+        >>> report = ds.evaluate(
+        ...     jax.random.key(1), sampler, params, target, num_draws=256, sinkhorn=False
+        ... )
+        >>> report["elbo"] < report["eubo"]
+        True
+    """
+    for_draws, for_exact, for_trace, for_resampling = jax.random.split(as_key(key), 4)
+    exact = _exact_sets(for_exact, target, num_draws, reference_draws)
+    probe = None if exact is None else probes.given(exact[0])
+    draws = drawing.draw(
+        for_draws,
+        sampler,
+        params,
+        target.energy,
+        num_draws,
+        probe=probe,
+        batch_size=batch_size,
+    )
+    report = draws.diagnostics
+    out: dict[str, Any] = {
+        "num_draws": num_draws,
+        "elbo": draws.log_evidence.lower,
+        "log_z": draws.log_evidence.estimate,
+        "log_z_standard_error": draws.log_evidence.standard_error,
+        "ess": report.ess_fraction,
+        "pareto_k": report.pareto_k,
+        "verdict": report.verdict,
+        "num_energy_evaluations": report.num_energy_evaluations,
+        "num_gradient_evaluations": report.num_gradient_evaluations,
+        "num_network_evaluations": report.num_network_evaluations,
+    }
+    if target.log_z is not None:
+        out["log_z_true"] = target.log_z
+        out["log_z_error"] = out["log_z"] - target.log_z
+        out["elbo_gap"] = target.log_z - out["elbo"]
+    equal = draws.x
+    if np.isfinite(np.nanmax(draws.log_weight, initial=-np.inf)):
+        equal = draws.resample(for_resampling, num_draws)
+    out["mean"], out["sd"] = metrics.moments(draws.x, draws.log_weight)
+    if target.modes is not None:
+        weights = metrics.mode_weights(draws.x, target.modes, draws.log_weight)
+        raw = metrics.mode_weights(draws.x, target.modes)
+        out["mode_weights"] = weights
+        out["mode_tv"] = metrics.total_variation(weights, target.modes.weights)
+        out["mode_tv_unweighted"] = metrics.total_variation(raw, target.modes.weights)
+        if exact is not None:
+            floor = metrics.mode_weights(exact[0], target.modes)
+            out["mode_tv_floor"] = metrics.total_variation(floor, target.modes.weights)
+    if exact is not None:
+        log_weight = drawing.log_weights_of(
+            for_trace, sampler, params, target.energy, exact[1], batch_size
+        )
+        forward = evidence.log_z_from_target_draws(log_weight)
+        out["eubo"] = evidence.eubo(log_weight).estimate
+        out["log_z_forward"], out["log_z_forward_standard_error"] = forward
+        out["forward_ess"] = float(
+            diagnostics.forward_effective_sample_size(log_weight)
+        )
+        if target.log_z is not None:
+            out["eubo_gap"] = out["eubo"] - target.log_z
+        out |= _distances(equal, draws.x, exact, sinkhorn)
+    return out
+
+
+def _exact_sets(key, target, num, reference_draws):
+    """Two independent sets of at most num draws from the target, or None."""
+    if reference_draws is not None:
+        draws = np.asarray(reference_draws)
+        draws = draws[np.asarray(jax.random.permutation(key, len(draws)))]
+        half = min(num, len(draws) // 2)
+        return draws[:half], draws[half : 2 * half]
+    if target.sample is None:
+        return None
+    first, second = jax.random.split(key)
+    return tuple(np.asarray(target.sample(k, num)) for k in (first, second))
+
+
+def _distances(equal, raw, exact, sinkhorn):
+    """Distances of resampled and raw draws from one exact set, beside their floors."""
+    num = min(2_000, len(equal), len(exact[0]))
+    a, b = (e[:num] for e in exact)
+    functions = {"w2": metrics.wasserstein2, "mmd": metrics.mmd}
+    if sinkhorn:
+        functions["sinkhorn"] = lambda x, y: metrics.sinkhorn_divergence(x, y).value
+        functions[f"sinkhorn_scds_n{num}"] = metrics.sinkhorn_scds
+    out = {}
+    for name, function in functions.items():
+        found = metrics.with_floor(function, equal[:num], a, b)
+        out[name], out[f"{name}_floor"] = found.value, found.floor
+        out[f"{name}_unweighted"] = function(raw[:num], a)
+    levels = np.array([0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99])
+    out["quantile_levels"] = levels
+    out["quantiles"] = metrics.quantiles(equal, levels)
+    out["quantiles_exact"] = metrics.quantiles(a, levels)
+    return out

@@ -1,0 +1,39 @@
+"""Controls: the trainable drift corrections of a process."""
+
+from diffsamp.networks.base import Context as Context
+from diffsamp.networks.base import Control as Control
+from diffsamp.networks.base import FunctionControl as FunctionControl
+from diffsamp.networks.base import LinenControl as LinenControl
+from diffsamp.networks.base import from_function as from_function
+from diffsamp.networks.base import linen as linen
+from diffsamp.networks.controls import AnnealedScoreModule as AnnealedScoreModule
+from diffsamp.networks.controls import FreeModule as FreeModule
+from diffsamp.networks.controls import ReferenceGuidedModule as ReferenceGuidedModule
+from diffsamp.networks.controls import ScoreGuidedModule as ScoreGuidedModule
+from diffsamp.networks.controls import annealed_score_guided as annealed_score_guided
+from diffsamp.networks.controls import free as free
+from diffsamp.networks.controls import reference_guided as reference_guided
+from diffsamp.networks.controls import score_guided as score_guided
+from diffsamp.networks.fourier import FourierFeatures as FourierFeatures
+from diffsamp.networks.fourier import FourierMLP as FourierMLP
+from diffsamp.networks.fourier import TimeScale as TimeScale
+
+__all__ = [
+    "AnnealedScoreModule",
+    "Context",
+    "Control",
+    "FourierFeatures",
+    "FourierMLP",
+    "FreeModule",
+    "FunctionControl",
+    "LinenControl",
+    "ReferenceGuidedModule",
+    "ScoreGuidedModule",
+    "TimeScale",
+    "annealed_score_guided",
+    "free",
+    "from_function",
+    "linen",
+    "reference_guided",
+    "score_guided",
+]

@@ -1,0 +1,86 @@
+"""The Fourier MLP of the PIS and trajectory-balance papers, in Flax Linen."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from diffsamp.types import Array
+
+
+def _dtype():
+    return jax.dtypes.canonicalize_dtype(float)
+
+
+class FourierFeatures(nn.Module):
+    """Sines and cosines of time at ``count`` fixed frequencies with learned phases.
+
+    Frequencies are spaced linearly from 0.1 to 100 (Zhang and Chen 2022).
+    """
+
+    count: int = 64
+
+    @nn.compact
+    def __call__(self, t: Array) -> Array:
+        phase = self.param("phase", nn.initializers.normal(1.0), (self.count,), _dtype())
+        angle = t * jnp.linspace(0.1, 100.0, self.count, dtype=phase.dtype) + phase
+        return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)])
+
+
+class FourierMLP(nn.Module):
+    """Sum of embeddings of state, time and condition, then ``depth`` GELU layers.
+
+    The last layer starts at zero, so an untrained control is the reference's own.
+
+    Attributes:
+        width: hidden width.
+        depth: hidden layers after the embedding.
+        out_dim: outputs; 0 means as many as the state has.
+    """
+
+    width: int = 64
+    depth: int = 2
+    out_dim: int = 0
+
+    @nn.compact
+    def __call__(self, x: Array, t: Array, condition: Array | None) -> Array:
+        time = FourierFeatures(self.width)(t)
+        time = nn.Dense(self.width, param_dtype=_dtype())(time)
+        time = nn.Dense(self.width, param_dtype=_dtype())(nn.gelu(time))
+        hidden = nn.Dense(self.width, param_dtype=_dtype())(x) + time
+        if condition is not None:
+            hidden += nn.Dense(self.width, param_dtype=_dtype())(condition)
+        for _ in range(self.depth):
+            hidden = nn.Dense(self.width, param_dtype=_dtype())(nn.gelu(hidden))
+        return nn.Dense(
+            self.out_dim or x.shape[-1],
+            kernel_init=nn.initializers.zeros,
+            param_dtype=_dtype(),
+        )(nn.gelu(hidden))
+
+
+class TimeScale(nn.Module):
+    """A learned function of time per output, constant at initialisation.
+
+    Attributes:
+        width: hidden width.
+        out_dim: number of outputs.
+        initial: value at initialisation.
+    """
+
+    width: int = 64
+    out_dim: int = 1
+    initial: float = 1.0
+
+    @nn.compact
+    def __call__(self, t: Array) -> Array:
+        hidden = FourierFeatures(self.width)(t)
+        for _ in range(2):
+            hidden = nn.gelu(nn.Dense(self.width, param_dtype=_dtype())(hidden))
+        return nn.Dense(
+            self.out_dim,
+            kernel_init=nn.initializers.zeros,
+            bias_init=nn.initializers.constant(self.initial),
+            param_dtype=_dtype(),
+        )(hidden)

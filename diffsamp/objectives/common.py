@@ -1,0 +1,42 @@
+"""Means over the rows of a batch that can be used, and stateless objectives."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+
+from diffsamp.types import Array, Batch, Energy, Key, Params
+
+
+def finite_rows(log_weight: Array, rows: Array | None = None) -> Array:
+    """Rows whose log-weight is finite, and in ``rows`` if given, [B] bool."""
+    usable = jnp.isfinite(log_weight)
+    return usable if rows is None else usable & rows
+
+
+def row_mean(values: Array, rows: Array) -> Array:
+    """Mean over the marked rows; NaN without any, so that the update is skipped.
+
+    Masked values must not reach the sum: 0 * inf is NaN.
+    """
+    kept = jnp.where(rows, values, jnp.zeros_like(values))
+    count = jnp.sum(rows).astype(values.dtype)
+    return jnp.sum(kept) / jnp.where(count > 0, count, jnp.nan)
+
+
+def safe(log_weight: Array, rows: Array) -> Array:
+    """The log-weights with unusable rows set to zero."""
+    return jnp.where(rows, log_weight, jnp.zeros_like(log_weight))
+
+
+def no_state(key: Key, sampler: Any, params: Params, energy: Energy) -> tuple[dict, tuple]:
+    """`Objective.init` of objectives with neither parameters nor state."""
+    del key, sampler, params, energy
+    return {}, ()
+
+
+def keep_state(params: Params, state: Any, batch: Batch) -> Any:
+    """`Objective.update` that changes nothing."""
+    del params, batch
+    return state

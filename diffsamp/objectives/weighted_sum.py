@@ -1,0 +1,77 @@
+"""Weighted sums of objectives on one shared batch of paths."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from diffsamp.types import Objective, Requirements
+
+Weight = float | Callable
+
+
+@functools.cache
+def weighted_sum(*members: tuple[Objective, Weight]) -> Objective:
+    """Sum of objectives, each times a constant or a schedule of the update count.
+
+    Args:
+        *members: pairs ``(objective, weight)``; a weight is a number or an Optax
+            schedule ``count -> number``.
+
+    Raises:
+        ValueError: when there is no member or a member is not such a pair.
+
+    Example:
+        >>> import optax, diffsamp as ds
+        >>> objective = ds.objectives.weighted_sum(
+        ...     (ds.objectives.log_variance(), 1.0),
+        ...     (ds.objectives.trajectory_balance(), optax.linear_schedule(1.0, 0.0, 10)),
+        ... )
+    """
+    if not members:
+        raise ValueError("weighted_sum needs at least one (objective, weight) pair")
+    for member in members:
+        if not (
+            isinstance(member, tuple)
+            and len(member) == 2
+            and isinstance(member[0], Objective)
+        ):
+            raise ValueError(
+                "weighted_sum takes pairs (objective, weight), got "
+                f"{type(member).__name__}: {member!r}"
+            )
+    objectives = [objective for objective, _ in members]
+    requires = Requirements(*map(any, zip(*(o.requires for o in objectives), strict=True)))
+
+    def init(key, sampler, params, energy):
+        keys = jax.random.split(key, len(objectives))
+        pairs = [
+            o.init(k, sampler, params, energy)
+            for o, k in zip(objectives, keys, strict=True)
+        ]
+        trainable = {str(i): pair[0] for i, pair in enumerate(pairs)}
+        return trainable, tuple(pair[1] for pair in pairs)
+
+    def member_params(params, i):
+        return {"sampler": params["sampler"], "objective": params["objective"][str(i)]}
+
+    def loss(params, states, batch):
+        total, metrics = jnp.zeros((), batch.trajectories.log_weight.dtype), {}
+        for i, (objective, weight) in enumerate(members):
+            own = batch._replace(key=jax.random.fold_in(batch.key, i))
+            value, extra = objective.loss(member_params(params, i), states[i], own)
+            factor = weight(batch.count) if callable(weight) else weight
+            total = total + jnp.asarray(factor, total.dtype) * value
+            metrics.update({f"loss_{i}": value, **extra})
+        return total, metrics
+
+    def update(params, states, batch):
+        return tuple(
+            o.update(member_params(params, i), states[i], batch)
+            for i, o in enumerate(objectives)
+        )
+
+    return Objective(requires, init, loss, update)

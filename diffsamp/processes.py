@@ -1,0 +1,154 @@
+"""Reference processes: the pair of Gaussian kernels that a network then corrects.
+
+A process lives in *unit coordinates* y = (x - loc) / scale and is a table of constants,
+one row per step. With h = 1/K, control u of the generation network and v of the
+destruction network (absent: v = 0),
+
+    p(y' | y) = N(y'; generation_decay y + generation_std sqrt(h) u(y, t),
+                  generation_std^2 I)
+    q(y | y') = N(y; destruction_decay y' + destruction_std sqrt(h) v(y', t'),
+                  destruction_std^2 I)
+
+so u and v are controls in the sense of Girsanov: ``0.5 sum |u|^2 h`` is the price of a
+path in nats. ``score_gain`` converts a score into a control: a score s enters the mean
+as ``generation_std sqrt(h) score_gain s``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from diffsamp.schedules import NoiseSchedule, PowerGrid, TimeGrid
+
+
+class Coefficients(NamedTuple):
+    """Constants of a process on a grid of K steps, NumPy float64.
+
+    Attributes:
+        times: [K+1], from 0 at the reference to 1 at the target.
+        generation_decay: [K].
+        generation_std: [K].
+        destruction_decay: [K].
+        destruction_std: [K]; 0 marks the transition into a point mass.
+        score_gain: [K].
+    """
+
+    times: np.ndarray
+    generation_decay: np.ndarray
+    generation_std: np.ndarray
+    destruction_decay: np.ndarray
+    destruction_std: np.ndarray
+    score_gain: np.ndarray
+
+
+class Process(Protocol):
+    """A frozen, hashable description that yields `Coefficients` for any step count."""
+
+    @property
+    def point_mass(self) -> bool: ...
+
+    def coefficients(self, num_steps: int) -> Coefficients: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class PinnedBrownian:
+    """Brownian motion from a point mass, destroyed by the Brownian bridge to it.
+
+    With times t_k and the whole path of unit variance,
+    ``p = N(y + (dt) u, dt)`` and ``q = N((t_k / t_{k+1}) y', dt t_k / t_{k+1})``; the
+    first bridge step is the point mass itself. Zhang and Chen 2022 (PIS); Sendera et al.
+    2024.
+    """
+
+    time_grid: TimeGrid = PowerGrid(1.0)
+
+    @property
+    def point_mass(self) -> bool:
+        return True
+
+    @functools.lru_cache(maxsize=64)  # noqa: B019 - frozen and small
+    def coefficients(self, num_steps: int) -> Coefficients:
+        times = self.time_grid(num_steps)
+        dt = np.diff(times)
+        ratio = times[:-1] / times[1:]
+        return Coefficients(
+            times=times,
+            generation_decay=np.ones(num_steps),
+            generation_std=np.sqrt(dt),
+            destruction_decay=ratio,
+            destruction_std=np.sqrt(dt * ratio),
+            score_gain=np.sqrt(dt * num_steps),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class VariancePreserving:
+    """Ornstein-Uhlenbeck noise with exact transitions, stationary at N(0, I).
+
+    With alpha_bar from the schedule and ``1 - a = alpha_bar_k / alpha_bar_{k+1}``,
+    destruction is exactly ``q(y | y') = N(sqrt(1 - a) y', a)``. Generation integrates
+    ``dY = (-Y / 2 + c) d tau + dW`` with the control c = score + y frozen over the step
+    (exponential integrator): mean ``sqrt(1 - a) y + 2 (1 - sqrt(1 - a)) c``, variance a.
+    Both stay finite and well conditioned at K = 1, unlike the Euler step.
+    """
+
+    schedule: NoiseSchedule
+    time_grid: TimeGrid = PowerGrid(1.0)
+
+    @property
+    def point_mass(self) -> bool:
+        return False
+
+    @functools.lru_cache(maxsize=64)  # noqa: B019 - frozen and small
+    def coefficients(self, num_steps: int) -> Coefficients:
+        times = self.time_grid(num_steps)
+        signal = self.schedule.signal(times)
+        keep = signal[:-1] / signal[1:]
+        if not np.all(keep < 1):
+            raise ValueError(
+                "the noise schedule must increase strictly on the time grid; with "
+                f"{num_steps} steps it stands still. Use fewer steps or another schedule"
+            )
+        decay, std = np.sqrt(keep), np.sqrt(1 - keep)
+        return Coefficients(
+            times=times,
+            generation_decay=decay,
+            generation_std=std,
+            destruction_decay=decay,
+            destruction_std=std,
+            score_gain=2 * (1 - decay) * np.sqrt(num_steps) / std,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Brownian:
+    """Brownian motion both ways from N(0, I): the reference of the general bridge.
+
+    ``p = N(y + dt^(1/2) diffusion u .., diffusion^2 dt)`` and the same backwards, so all
+    drift comes from the two networks. Richter and Berner 2024 (GBS).
+    """
+
+    diffusion: float = 1.0
+    time_grid: TimeGrid = PowerGrid(1.0)
+
+    @property
+    def point_mass(self) -> bool:
+        return False
+
+    @functools.lru_cache(maxsize=64)  # noqa: B019 - frozen and small
+    def coefficients(self, num_steps: int) -> Coefficients:
+        times = self.time_grid(num_steps)
+        std = self.diffusion * np.sqrt(np.diff(times))
+        one = np.ones(num_steps)
+        return Coefficients(
+            times=times,
+            generation_decay=one,
+            generation_std=std,
+            destruction_decay=one,
+            destruction_std=std,
+            score_gain=0.5 * std * np.sqrt(num_steps),
+        )

@@ -1,0 +1,534 @@
+"""The Sampler: a process, two controls and a reference, run forwards and backwards.
+
+With y = (x - loc) / scale and the kernels of `diffsamp.processes`, the log-weight of a
+path is, in the units of x,
+
+    log_weight = -energy(x_K) - log p_0(x_0)
+                 + sum_k [log q(x_k | x_{k+1}) - log p(x_{k+1} | x_k)],
+
+with the kernels that were really used. Integrating ``exp(log_weight)`` against the law
+of generated paths telescopes to the integral of ``exp(-energy)``: E[exp(log_weight)] = Z
+for every parameter value and every number of steps. A point-mass reference has
+``log p_0 := 0`` and ``log q(x_0 | x_1) := 0``, the same point mass on both sides.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from diffsamp._distributions import normal_log_prob, standard_normal
+from diffsamp.energies import as_key, bind_condition, check_energy
+from diffsamp.networks import Context, Control
+from diffsamp.processes import Process
+from diffsamp.types import Array, Energy, Key, Params, Path, Trajectory
+
+
+class Evaluations(NamedTuple):
+    """What one path costs. A gradient evaluation yields the energy too.
+
+    Attributes:
+        energy: evaluations of the energy alone.
+        gradient: evaluations of energy and gradient together.
+        network: evaluations of a control network.
+    """
+
+    energy: int
+    gradient: int
+    network: int
+
+
+class Final(NamedTuple):
+    """The end of a path whose other states were not kept.
+
+    Attributes:
+        x: last state, [D].
+        log_weight: [].
+        energy: energy of the last state, [].
+    """
+
+    x: Array
+    log_weight: Array
+    energy: Array
+
+
+class _Step(NamedTuple):
+    """Constants of one step; every field is a scalar (or stacked, [K])."""
+
+    index: Array
+    time: Array
+    next_time: Array
+    generation_decay: Array
+    generation_std: Array
+    destruction_decay: Array
+    destruction_std: Array
+    score_gain: Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampler:
+    """A diffusion sampler: static, hashable, compared by value.
+
+    Build one with a factory of `diffsamp.samplers`. ``jax.jit(sampler)`` works, and two
+    equal samplers share one compilation.
+
+    Attributes:
+        dim: dimension D of the target.
+        num_steps: number of steps K.
+        process: the pair of reference kernels.
+        generation: control of the generation kernel.
+        destruction: control of the destruction kernel, or None for the reference's.
+        loc: location of the reference, a number or D numbers, in units of x.
+        scale: standard deviation of the reference, a number or D numbers.
+        condition_dim: size of the condition of a conditional energy; 0 for none.
+
+    Raises:
+        ValueError: when dim or num_steps is below 1, loc or scale has another length
+            than dim, or scale is not positive.
+    """
+
+    dim: int
+    num_steps: int
+    process: Process
+    generation: Control
+    destruction: Control | None = None
+    loc: float | tuple[float, ...] = 0.0
+    scale: float | tuple[float, ...] = 1.0
+    condition_dim: int = 0
+
+    def __post_init__(self):
+        for name in ("dim", "num_steps"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | np.integer):
+                raise ValueError(f"{name} must be an integer, got {value!r}")
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+            object.__setattr__(self, name, int(value))
+        for name in ("loc", "scale"):
+            object.__setattr__(self, name, _numbers(name, getattr(self, name), self.dim))
+        if not np.all(np.asarray(self.scale) > 0):
+            raise ValueError(f"scale must be positive, got {self.scale}")
+
+    # -- what users call ------------------------------------------------------------
+
+    def init(self, key: Key) -> Params:
+        """Draws initial parameters.
+
+        Args:
+            key: random key; consumed.
+
+        Returns:
+            ``{"generation": ...}`` and, if it is learned, ``"destruction"``.
+        """
+        generation, destruction = jax.random.split(as_key(key))
+        params = {
+            "generation": self.generation.init(generation, self.dim, self.condition_dim)
+        }
+        if self.destruction is not None:
+            params["destruction"] = self.destruction.init(
+                destruction, self.dim, self.condition_dim
+            )
+        return params
+
+    def __call__(
+        self, params: Params, key: Key, energy: Energy, condition: Array | None = None
+    ) -> Trajectory:
+        """Draws one trajectory with its log-densities, in one scan.
+
+        Args:
+            params: from `init` or training.
+            key: random key; consumed.
+            energy: maps [D] to [], or ([D], condition) to [].
+            condition: [condition_dim], or None.
+
+        Returns:
+            A `Trajectory`.
+        """
+        run = self._run(params, key, energy, condition, keep=True, log_densities=True)
+        _, log_prior, log_generation, log_destruction, energy_value, path = run
+        return self._trajectory(
+            path.xs, log_prior, log_generation, log_destruction, energy_value
+        )
+
+    def score(
+        self, params: Params, xs: Array, energy: Energy, condition: Array | None = None
+    ) -> Trajectory:
+        """The log-densities of a given path, all steps in parallel.
+
+        Args:
+            params: parameters.
+            xs: states, [K+1, D].
+            energy: as in `__call__`.
+            condition: [condition_dim], or None.
+
+        Raises:
+            ValueError: when xs has another shape.
+        """
+        if jnp.shape(xs) != (self.num_steps + 1, self.dim):
+            raise ValueError(
+                f"xs must have shape [num_steps + 1, dim] = [{self.num_steps + 1}, "
+                f"{self.dim}], got {list(jnp.shape(xs))}; for another step count use "
+                "sampler.with_num_steps(k)"
+            )
+        return self.score_path(params, self._complete(xs, energy, condition), condition)
+
+    def trace_back(
+        self,
+        params: Params,
+        key: Key,
+        x: Array,
+        energy: Energy,
+        condition: Array | None = None,
+    ) -> Trajectory:
+        """A path that ends in x, drawn by the destruction kernel.
+
+        For x from the target, the mean of its log_weight is an upper bound on log Z.
+
+        Args:
+            params: parameters.
+            key: random key; consumed.
+            x: last state, [D].
+            energy: as in `__call__`.
+            condition: [condition_dim], or None.
+
+        Raises:
+            ValueError: when x has another shape.
+        """
+        path = self.trace_path(params, key, x, energy, condition)
+        return self.score_path(params, path, condition)
+
+    def with_num_steps(self, num_steps: int) -> Sampler:
+        """The same sampler, same parameters, on a grid of ``num_steps`` steps."""
+        return dataclasses.replace(self, num_steps=num_steps)
+
+    # -- what objectives, behaviours and drawing call ---------------------------------
+
+    @property
+    def needs_score(self) -> bool:
+        """Whether simulating a path takes energy gradients."""
+        destruction = self.destruction
+        return self.generation.needs_score or (
+            destruction is not None and destruction.needs_score
+        )
+
+    @property
+    def evaluations_per_path(self) -> Evaluations:
+        """Cost of drawing one weighted path, or of tracing one back and scoring it."""
+        networks = self.num_steps * (1 + (self.destruction is not None))
+        if self.needs_score:
+            return Evaluations(0, self.num_steps + 1, networks)
+        return Evaluations(1, 0, networks)
+
+    def simulate(
+        self,
+        params: Params,
+        key: Key,
+        energy: Energy,
+        condition: Array | None = None,
+        *,
+        extra_std: Array | float = 0.0,
+    ) -> Path:
+        """Draws a path without scoring it and without gradients.
+
+        Args:
+            params: parameters.
+            key: random key; consumed.
+            energy: as in `__call__`.
+            condition: [condition_dim], or None.
+            extra_std: exploration noise: standard deviation added in quadrature to
+                every generation step, in unit coordinates.
+        """
+        params = jax.lax.stop_gradient(params)
+        run = self._run(
+            params, key, energy, condition, keep=True, extra_std=extra_std
+        )
+        return run[-1]
+
+    def trace_path(
+        self,
+        params: Params,
+        key: Key,
+        x: Array,
+        energy: Energy,
+        condition: Array | None = None,
+    ) -> Path:
+        """`trace_back` without scoring and without gradients."""
+        if jnp.shape(x) != (self.dim,):
+            raise ValueError(
+                f"x must be one point of shape [{self.dim}], got {list(jnp.shape(x))}; "
+                "vmap over several"
+            )
+        key, params = as_key(key), jax.lax.stop_gradient(params)
+        energy = self._bind(energy, condition)
+        steps, dtype = self._steps(), self._dtype
+        x = jax.lax.stop_gradient(jnp.asarray(x, dtype))
+        score_in_loop = self.destruction is not None and self.destruction.needs_score
+
+        def body(y, step):
+            score = self._score(energy, y) if score_in_loop else _empty(dtype)
+            mean, std = self._destroy(params, step, y, score, condition)
+            noise = standard_normal(
+                jax.random.fold_in(key, step.index), (self.dim,), dtype
+            )
+            return mean + std * noise, y
+
+        first, later = jax.lax.scan(body, self._unit(x), steps, reverse=True)
+        xs = self._original(jnp.concatenate([first[None], later]))
+        return self._complete(xs.at[-1].set(x), energy, None)
+
+    def score_path(
+        self, params: Params, path: Path, condition: Array | None = None
+    ) -> Trajectory:
+        """Scores a simulated path without a single energy evaluation.
+
+        Differentiable in params, never in the states.
+        """
+        path = jax.lax.stop_gradient(path)
+        ys, steps = self._unit(path.xs), self._steps()
+        next_scores = jnp.concatenate([path.scores[1:], path.last_score[None]])
+
+        def one(step, y, y_next, score, next_score):
+            mean, std = self._generate(params, step, y, score, condition)
+            log_generation = self._log_density(y_next, mean, std)
+            mean, std = self._destroy(params, step, y_next, next_score, condition)
+            return log_generation, self._log_density(y, mean, std)
+
+        log_generation, log_destruction = jax.vmap(one)(
+            steps, ys[:-1], ys[1:], path.scores, next_scores
+        )
+        log_prior = self._log_prior(ys[0])
+        return self._trajectory(
+            path.xs, log_prior, log_generation, log_destruction, path.energy
+        )
+
+    def final(
+        self, params: Params, key: Key, energy: Energy, condition: Array | None = None
+    ) -> Final:
+        """Draws one weighted point and keeps nothing else."""
+        run = self._run(params, key, energy, condition, log_densities=True)
+        y, log_prior, log_generation, log_destruction, energy_value, _ = run
+        log_ratio = jnp.sum(log_destruction) - jnp.sum(log_generation)
+        log_weight = -energy_value - log_prior + log_ratio
+        return Final(self._original(y), log_weight, energy_value)
+
+    def rollout(
+        self, params: Params, key: Key, energy: Energy, condition: Array | None = None
+    ) -> tuple[Trajectory, Path]:
+        """`__call__`, differentiable through the simulation in O(sqrt(K)) memory.
+
+        The energy is differentiated once, at the last state; scores shown to networks
+        carry no gradient. Returns the trajectory and the path it was scored on.
+        """
+        run = self._run(
+            params, key, energy, condition, log_densities=True, remat=True, keep=True
+        )
+        _, log_prior, log_generation, log_destruction, _, path = run
+        energy_value = self._bind(energy, condition)(path.xs[-1])
+        trajectory = self._trajectory(
+            path.xs, log_prior, log_generation, log_destruction, energy_value
+        )
+        return trajectory, path
+
+    # -- one step ---------------------------------------------------------------------
+
+    def _generate(self, params, step: _Step, y, score, condition):
+        context = Context(score, step.score_gain, condition)
+        control = self.generation(params["generation"], y, step.time, context)
+        shift = step.generation_std / math.sqrt(self.num_steps)
+        mean = step.generation_decay * y + shift * control.astype(y.dtype)
+        return mean, step.generation_std
+
+    def _destroy(self, params, step: _Step, y_next, next_score, condition):
+        mean = step.destruction_decay * y_next
+        if self.destruction is not None:
+            context = Context(next_score, step.score_gain, condition)
+            control = self.destruction(
+                params["destruction"], y_next, step.next_time, context
+            )
+            shift = step.destruction_std / math.sqrt(self.num_steps)
+            mean = mean + shift * control.astype(y_next.dtype)
+        return mean, step.destruction_std
+
+    def _log_density(self, y, mean, std):
+        """Density in units of x; 0 for the transition into a point mass."""
+        safe = jnp.where(std > 0, std, jnp.ones_like(std))
+        value = normal_log_prob(y, mean, safe) - self._log_volume
+        return jnp.where(std > 0, value, jnp.zeros_like(value))
+
+    def _log_prior(self, y):
+        if self.process.point_mass:
+            return jnp.zeros((), y.dtype)
+        return normal_log_prob(y, jnp.zeros_like(y), jnp.ones((), y.dtype)) - (
+            self._log_volume
+        )
+
+    # -- the loop ---------------------------------------------------------------------
+
+    def _run(
+        self,
+        params: Params,
+        key: Key,
+        energy: Energy,
+        condition: Array | None,
+        *,
+        keep: bool = False,
+        log_densities: bool = False,
+        remat: bool = False,
+        extra_std: Array | float = 0.0,
+    ):
+        """Simulates; returns y_K, log p_0, log p, log q, energy and, if kept, the path.
+
+        Scores are computed at the end of each step, once per state, and carried on.
+        """
+        key, dtype = as_key(key), self._dtype
+        energy = self._bind(energy, condition)
+        steps = self._steps()
+        if self.process.point_mass:
+            y = jnp.zeros((self.dim,), dtype)
+        else:
+            y = standard_normal(
+                jax.random.fold_in(key, self.num_steps), (self.dim,), dtype
+            )
+        extra = jnp.asarray(extra_std, dtype)
+
+        def body(carry, step):
+            y, score, _ = carry
+            mean, std = self._generate(params, step, y, score, condition)
+            noise = standard_normal(
+                jax.random.fold_in(key, step.index), (self.dim,), dtype
+            )
+            y_next = mean + jnp.sqrt(std**2 + extra**2) * noise
+            value, next_score = self._value_and_score(energy, y_next)
+            log_densities_of_step = None
+            if log_densities:
+                log_generation = self._log_density(y_next, mean, std)
+                mean, std = self._destroy(params, step, y_next, next_score, condition)
+                log_densities_of_step = log_generation, self._log_density(y, mean, std)
+            kept = (y, score) if keep else None
+            return (y_next, next_score, value), (log_densities_of_step, kept)
+
+        log_prior = self._log_prior(y)
+        carry = (y, self._score(energy, y), jnp.zeros((), dtype))
+        scan = _sqrt_scan if remat else jax.lax.scan
+        (y, last_score, value), (densities, kept) = scan(body, carry, steps)
+        if not self.needs_score:
+            value = energy(self._original(y))
+        log_generation, log_destruction = densities if log_densities else (None, None)
+        path = None
+        if keep:
+            ys, scores = kept
+            xs = self._original(jnp.concatenate([ys, y[None]]))
+            path = Path(xs, value, scores, last_score)
+        return y, log_prior, log_generation, log_destruction, value, path
+
+    def _complete(self, xs: Array, energy: Energy, condition) -> Path:
+        """Adds energy and scores to given states."""
+        energy = self._bind(energy, condition)
+        xs = jnp.asarray(xs, self._dtype)
+        if not self.needs_score:
+            empty = jnp.zeros((self.num_steps + 1, 0), self._dtype)
+            return Path(xs, energy(xs[-1]), empty[:-1], empty[-1])
+        ys = self._unit(xs)
+        values, scores = jax.vmap(lambda y: self._value_and_score(energy, y))(ys)
+        return Path(xs, values[-1], scores[:-1], scores[-1])
+
+    def _trajectory(self, xs, log_prior, log_generation, log_destruction, energy):
+        log_ratio = jnp.sum(log_destruction) - jnp.sum(log_generation)
+        log_weight = -energy - log_prior + log_ratio
+        return Trajectory(
+            xs, xs[-1], log_weight, log_prior, log_generation, log_destruction, energy
+        )
+
+    # -- coordinates and constants ------------------------------------------------------
+
+    @property
+    def _dtype(self):
+        return jax.dtypes.canonicalize_dtype(float)
+
+    @property
+    def _log_volume(self) -> float:
+        scale = np.broadcast_to(np.asarray(self.scale, np.float64), (self.dim,))
+        return float(np.sum(np.log(scale)))
+
+    def _unit(self, x: Array) -> Array:
+        loc, scale = (np.asarray(v, x.dtype) for v in (self.loc, self.scale))
+        return (x - _row(loc, x)) / _row(scale, x)
+
+    def _original(self, y: Array) -> Array:
+        loc, scale = (np.asarray(v, y.dtype) for v in (self.loc, self.scale))
+        return _row(loc, y) + _row(scale, y) * y
+
+    def _steps(self) -> _Step:
+        table = self.process.coefficients(self.num_steps)
+        columns = (table.times[:-1], table.times[1:], *table[1:])
+        return _Step(
+            jnp.arange(self.num_steps), *(jnp.asarray(c, self._dtype) for c in columns)
+        )
+
+    def _bind(self, energy: Callable[..., Array], condition: Any) -> Energy:
+        bound = bind_condition(energy, condition)
+        check_energy(bound, self.dim, self._dtype)
+        return lambda x: bound(x).astype(self._dtype)
+
+    def _value_and_score(self, energy: Energy, y: Array):
+        if not self.needs_score:
+            return jnp.zeros((), y.dtype), _empty(y.dtype)
+        x = jax.lax.stop_gradient(self._original(y))
+        value, gradient = jax.value_and_grad(energy)(x)
+        return value, -_row(np.asarray(self.scale, y.dtype), y) * gradient
+
+    def _score(self, energy: Energy, y: Array) -> Array:
+        return self._value_and_score(energy, y)[1]
+
+
+def _empty(dtype) -> Array:
+    return jnp.zeros((0,), dtype)
+
+
+def _row(value: np.ndarray, like: Array):
+    """A number or D numbers, shaped to broadcast against [..., D] without promotion."""
+    return value if value.ndim == 0 else value.reshape((1,) * (like.ndim - 1) + (-1,))
+
+
+def _numbers(name: str, value: Any, dim: int) -> float | tuple[float, ...]:
+    array = np.asarray(value, np.float64)
+    if array.ndim == 0:
+        return float(array)
+    if array.shape != (dim,):
+        raise ValueError(
+            f"{name} must be a number or {dim} numbers, got shape {list(array.shape)}"
+        )
+    return tuple(float(v) for v in array)
+
+
+def _sqrt_scan(body, carry, xs):
+    """`lax.scan` whose backward pass stores O(sqrt(K)) carries.
+
+    An outer scan over segments keeps one carry each; a segment is recomputed, and then
+    each of its steps, when its gradient is needed.
+    """
+    length = jax.tree.leaves(xs)[0].shape[0]
+    inner = max(1, int(math.sqrt(length)))
+    outer, rest = divmod(length, inner)
+    step = jax.checkpoint(body, prevent_cse=False)
+
+    def segment(carry, xs):
+        return jax.lax.scan(step, carry, xs)
+
+    def split(x):
+        return x[: outer * inner].reshape((outer, inner) + x.shape[1:])
+
+    carry, head = jax.lax.scan(
+        jax.checkpoint(segment, prevent_cse=False), carry, jax.tree.map(split, xs)
+    )
+    head = jax.tree.map(lambda x: x.reshape((outer * inner,) + x.shape[2:]), head)
+    if not rest:
+        return carry, head
+    carry, tail = segment(carry, jax.tree.map(lambda x: x[outer * inner :], xs))
+    return carry, jax.tree.map(lambda a, b: jnp.concatenate([a, b]), head, tail)

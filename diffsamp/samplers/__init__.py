@@ -1,0 +1,8 @@
+"""Factories of samplers, one published method per file."""
+
+from diffsamp.samplers.dds import dds as dds
+from diffsamp.samplers.dis import dis as dis
+from diffsamp.samplers.gbs import gbs as gbs
+from diffsamp.samplers.pis import pis as pis
+
+__all__ = ["dds", "dis", "gbs", "pis"]

@@ -1,0 +1,143 @@
+"""Where the reference should stand and how wide it should be, from a cheap pilot.
+
+A reference much narrower or wider than the target is the most common failure of
+diffusion samplers. A pilot's draws need not be right, only of the right size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from diffsamp import mcmc
+from diffsamp.energies import as_energy, as_key
+from diffsamp.types import Array, Key, Target
+
+Pilot = Callable[[Key, Target], tuple[Array, int]]
+
+
+class Reference(NamedTuple):
+    """Location and scale of a reference, ready for ``dis(dim, **reference.arguments)``.
+
+    Attributes:
+        loc: D numbers.
+        scale: D positive numbers.
+        num_gradient_evaluations: what the pilot cost.
+    """
+
+    loc: tuple[float, ...]
+    scale: tuple[float, ...]
+    num_gradient_evaluations: int = 0
+
+    @property
+    def arguments(self) -> dict[str, tuple[float, ...]]:
+        """``loc`` and ``scale`` as keyword arguments of a sampler's factory."""
+        return {"loc": self.loc, "scale": self.scale}
+
+
+def standardise(key: Key, target: Target, pilot: Pilot | None = None) -> Reference:
+    """Measures loc and scale for a sampler's reference by a pilot.
+
+    Args:
+        key: random key; consumed.
+        target: the target.
+        pilot: ``(key, target) -> (draws [N, D], gradient evaluations)``. By default
+            `short_mcmc`. `prior_draws` is free of charge, but a prior is often much
+            wider than the posterior.
+
+    Raises:
+        ValueError: when the pilot's draws are not finite or have no spread.
+
+    Example:
+        >>> import jax, diffsamp as ds
+        >>> target = ds.targets.gmm9()
+        >>> reference = ds.standardise(jax.random.key(0), target)
+        >>> sampler = ds.samplers.dis(dim=2, num_steps=8, **reference.arguments)
+    """
+    draws, cost = (pilot or short_mcmc())(as_key(key), target)
+    return reference_from(draws)._replace(num_gradient_evaluations=int(cost))
+
+
+def reference_from(draws: Array) -> Reference:
+    """Mean and standard deviation of given draws, coordinate by coordinate.
+
+    Args:
+        draws: points, [N, D].
+
+    Raises:
+        ValueError: when draws is not [N, D] with N > 1, is not finite, or has a
+            coordinate without spread.
+
+    Example:
+        >>> import numpy as np, diffsamp as ds
+        >>> ds.reference_from(np.array([[0.0], [2.0]])).scale
+        (1.0,)
+    """
+    points = np.asarray(draws, np.float64)
+    if points.ndim != 2 or points.shape[0] < 2:
+        raise ValueError(
+            f"draws must have shape [N, D] with N > 1, got {list(points.shape)}"
+        )
+    if not np.all(np.isfinite(points)):
+        raise ValueError("draws must be finite; remove NaN and infinite rows")
+    scale = points.std(axis=0)
+    if not np.all(scale > 0):
+        raise ValueError(
+            f"draws have no spread in coordinates {np.flatnonzero(scale == 0).tolist()}"
+        )
+    return Reference(tuple(points.mean(axis=0).tolist()), tuple(scale.tolist()))
+
+
+def prior_draws(num_draws: int = 1_000) -> Pilot:
+    """Pilot: draws from the target's prior.
+
+    Args:
+        num_draws: N.
+    """
+
+    def pilot(key, target):
+        if target.sample_prior is None:
+            raise ValueError(
+                f"target {target.name!r} has no prior to draw from (sample_prior); use "
+                "short_mcmc()"
+            )
+        return target.sample_prior(key, num_draws), 0
+
+    return pilot
+
+
+def short_mcmc(
+    num_chains: int = 32, num_warmup: int = 100, num_draws: int = 50
+) -> Pilot:
+    """Pilot: many short NUTS chains (BlackJAX) from scattered starts.
+
+    Args:
+        num_chains: chains, started at prior draws, or else at normal draws of standard
+            deviation ``2 * target.scale``.
+        num_warmup: adaptation steps.
+        num_draws: draws kept per chain.
+    """
+
+    def pilot(key, target):
+        start, run = jax.random.split(key)
+        if target.sample_prior is not None:
+            points = target.sample_prior(start, num_chains)
+        else:
+            noise = jax.random.normal(start, (num_chains, target.dim))
+            points = 2 * target.scale * noise
+        draws, info = mcmc.run_hmc(
+            run,
+            as_energy(target.energy),
+            points,
+            num_warmup=num_warmup,
+            num_draws=num_draws,
+        )
+        draws = jnp.reshape(draws, (-1, target.dim))
+        usable = np.all(np.isfinite(np.asarray(draws)), axis=1)
+        return draws[usable], int(info.num_gradient_evaluations)
+
+    return pilot

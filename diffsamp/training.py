@@ -1,0 +1,692 @@
+"""Training: a pure step, compiled many updates at a time, and the loop around it.
+
+One update: the behaviour proposes paths (no gradients), they are scored in parallel over
+time, the objective is differentiated, the optimiser moves. Update number n draws its
+randomness from ``fold_in(key, n)``, so results do not depend on how updates are chunked,
+shown or interrupted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from tqdm import tqdm
+
+from diffsamp import behaviours, checkpoint as files
+from diffsamp.energies import as_energy, as_key, check_energy
+from diffsamp.sampler import Sampler
+from diffsamp.types import Array, Batch, Behaviour, Cost, Energy, Key, Objective, Params
+
+MAX_CHUNK = 500
+
+
+class TrainState(NamedTuple):
+    """Everything training carries from one update to the next.
+
+    Attributes:
+        params: ``{"sampler": ..., "objective": ...}``.
+        average: moving average of ``params["sampler"]``.
+        opt_state: Optax state.
+        objective_state: teachers, offsets, ...
+        behaviour_state: buffers, particles, ...
+        count: updates done, skipped ones included, [].
+        num_skipped: updates skipped for a non-finite loss or gradient, [].
+        skipped_in_a_row: how many of them end at the last update, [].
+        key: key of the run.
+    """
+
+    params: Params
+    average: Params
+    opt_state: Any
+    objective_state: Any
+    behaviour_state: Any
+    count: Array
+    num_skipped: Array
+    skipped_in_a_row: Array
+    key: Key
+
+
+class FitResult(NamedTuple):
+    """What training returns.
+
+    Attributes:
+        params: parameters of the sampler (their moving average where one was asked for).
+        state: full state; pass it as ``fit(..., state=...)`` to go on.
+        metrics: per update, [num_updates] each: loss, elbo, ess, grad_norm, skipped,
+            num_nonfinite and what the objective adds.
+        num_energy_evaluations: energies evaluated alone, pilots included.
+        num_gradient_evaluations: energies evaluated with their gradient.
+        num_network_evaluations: control evaluations in simulating and scoring.
+        num_skipped: updates skipped for a non-finite loss or gradient.
+        seconds: wall time, compilation included.
+        compile_seconds: of it, compiling the update.
+        stopped_by: "num_updates", "max_seconds", "max_energy_evaluations", "callback"
+            or "interrupt".
+    """
+
+    params: Params
+    state: TrainState
+    metrics: dict[str, np.ndarray]
+    num_energy_evaluations: int
+    num_gradient_evaluations: int
+    num_network_evaluations: int
+    num_skipped: int
+    seconds: float
+    compile_seconds: float
+    stopped_by: str
+
+
+class TrainingDiverged(FloatingPointError):
+    """Too many updates in a row had a non-finite loss or gradient.
+
+    Attributes:
+        state: the state after the last good update.
+    """
+
+    def __init__(self, message: str, state: TrainState):
+        super().__init__(message)
+        self.state = state
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """The static part of training; equal recipes share one compilation.
+
+    Attributes:
+        sampler: the sampler.
+        objective: the objective.
+        behaviour: the behaviour.
+        optimizer: Optax transformation over ``{"sampler", "objective"}``.
+        batch_size: paths per update.
+        ema_decay: decay of the moving average, or None.
+        anneal: maps progress in [0, 1] to a factor on every update, or None.
+    """
+
+    sampler: Sampler
+    objective: Objective
+    behaviour: Behaviour
+    optimizer: optax.GradientTransformation
+    batch_size: int
+    ema_decay: float | None = None
+    anneal: Callable[[Array], Array] | None = None
+
+
+def init(
+    key: Key, recipe: Recipe, energy: Energy, params: Params | None = None
+) -> tuple[TrainState, Cost]:
+    """The state before the first update, and what its pilots cost.
+
+    Args:
+        key: random key; consumed.
+        recipe: what is trained and how.
+        energy: maps [D] to [].
+        params: parameters of the sampler to start from; drawn if None.
+    """
+    key = as_key(key)
+    run, for_params, for_objective, for_behaviour = jax.random.split(key, 4)
+    sampler = recipe.sampler
+    if params is None:
+        params = sampler.init(for_params)
+    own, objective_state = recipe.objective.init(for_objective, sampler, params, energy)
+    behaviour_state, cost = recipe.behaviour.init(
+        for_behaviour, sampler, params, energy
+    )
+    trainable = {"sampler": params, "objective": own}
+    zero = jnp.zeros((), jnp.int32)
+    state = TrainState(
+        params=trainable,
+        average=params,
+        opt_state=recipe.optimizer.init(trainable),
+        objective_state=objective_state,
+        behaviour_state=behaviour_state,
+        count=zero,
+        num_skipped=zero,
+        skipped_in_a_row=zero,
+        key=run,
+    )
+    return state, cost
+
+
+def step(
+    recipe: Recipe, state: TrainState, energy: Energy, progress: Array | float = 0.0
+) -> tuple[TrainState, dict[str, Array], Cost]:
+    """One update; pure and jittable with a static recipe.
+
+    Args:
+        recipe: what is trained and how.
+        state: state before the update.
+        energy: maps [D] to [].
+        progress: share of the budget that is spent, in [0, 1], for ``anneal``.
+
+    Returns:
+        The new state, metrics, and what the behaviour itself cost.
+    """
+    sampler, objective, behaviour = recipe.sampler, recipe.objective, recipe.behaviour
+    key = jax.random.fold_in(state.key, state.count)
+    for_paths, for_loss, for_behaviour = jax.random.split(key, 3)
+    current = state.params["sampler"]
+    differentiable = objective.requires.simulation_gradient
+    proposal = None
+    if not differentiable:
+        proposal = behaviour.propose(
+            state.behaviour_state,
+            for_paths,
+            sampler,
+            current,
+            energy,
+            recipe.batch_size,
+            state.count,
+        )
+
+    def batch_of(params):
+        if proposal is None:
+            keys = jax.random.split(for_paths, recipe.batch_size)
+            roll = jax.vmap(sampler.rollout, in_axes=(None, 0, None))
+            rollouts, paths = roll(params["sampler"], keys, energy)
+            own = behaviours.common.proposal(paths, simulated=True, on_policy=True)
+        else:
+            rollouts, own = None, proposal
+        score = jax.vmap(sampler.score_path, in_axes=(None, 0))
+        return own, Batch(
+            trajectories=score(params["sampler"], own.paths),
+            rollouts=rollouts,
+            on_policy=own.on_policy,
+            target_draws=own.target_draws,
+            count=state.count,
+            key=for_loss,
+            sampler=sampler,
+            energy=energy,
+        )
+
+    def loss(params):
+        own, batch = batch_of(params)
+        value, extra = objective.loss(params, state.objective_state, batch)
+        rows = own.simulated
+        return value, (own, batch.trajectories, batch.rollouts, extra, rows)
+
+    (value, aux), gradient = jax.value_and_grad(loss, has_aux=True)(state.params)
+    own, trajectories, rollouts, extra, rows = aux
+    grad_norm = optax.tree.norm(gradient)
+    good = jnp.isfinite(value) & jnp.isfinite(grad_norm)
+    updates, opt_state = recipe.optimizer.update(
+        gradient, state.opt_state, state.params
+    )
+    if recipe.anneal is not None:
+        factor = recipe.anneal(jnp.asarray(progress))
+        updates = jax.tree.map(lambda u: u * jnp.asarray(factor, u.dtype), updates)
+    params = optax.apply_updates(state.params, updates)
+    average = _average(recipe.ema_decay, state, params["sampler"])
+    batch = Batch(
+        trajectories,
+        rollouts,
+        own.on_policy,
+        own.target_draws,
+        state.count,
+        for_loss,
+        sampler,
+        energy,
+    )
+    objective_state = objective.update(params, state.objective_state, batch)
+    kept = jax.tree.map(
+        lambda new, old: jnp.where(good, new, old),
+        (params, average, opt_state, objective_state),
+        (state.params, state.average, state.opt_state, state.objective_state),
+    )
+    behaviour_state, cost = behaviour.update(
+        state.behaviour_state,
+        for_behaviour,
+        sampler,
+        kept[0]["sampler"],
+        energy,
+        trajectories,
+        own,
+        state.count,
+    )
+    bad = jnp.asarray(~good, jnp.int32)
+    new = TrainState(
+        *kept[:3],
+        objective_state=kept[3],
+        behaviour_state=behaviour_state,
+        count=state.count + 1,
+        num_skipped=state.num_skipped + bad,
+        skipped_in_a_row=(state.skipped_in_a_row + 1) * bad,
+        key=state.key,
+    )
+    metrics = {
+        "loss": value,
+        "grad_norm": grad_norm,
+        "skipped": bad,
+        **_path_metrics(trajectories.log_weight, rows),
+        **{k: v for k, v in extra.items() if k != "extra_paths"},
+    }
+    extra_paths = extra.get("extra_paths", 0)
+    price = sampler.evaluations_per_path
+    cost = Cost(
+        *(
+            jnp.asarray(c + extra_paths * p, jnp.int32)
+            for c, p in zip(cost, price, strict=False)
+        )
+    )
+    return new, metrics, cost
+
+
+def fit(
+    key: Key,
+    sampler: Sampler,
+    objective: Objective,
+    energy: Energy,
+    *,
+    behaviour: Behaviour | None = None,
+    optimizer: optax.GradientTransformation | None = None,
+    batch_size: int = 512,
+    num_updates: int | None = None,
+    max_seconds: float | None = None,
+    max_energy_evaluations: int | None = None,
+    max_grad_norm: float | None = 1.0,
+    ema_decay: float | None = 0.99,
+    anneal: Callable[[Array], Array] | None = None,
+    params: Params | None = None,
+    state: TrainState | None = None,
+    checkpoint: str | os.PathLike | None = None,
+    checkpoint_seconds: float = 30.0,
+    callback: Callable[[int, dict[str, np.ndarray]], Any] | None = None,
+    updates_per_chunk: int | None = None,
+    max_skipped_in_a_row: int = 100,
+    progress_bar: bool = True,
+) -> FitResult:
+    """Trains a sampler on an energy.
+
+    Args:
+        key: random key; consumed. Ignored when a state or checkpoint is continued.
+        sampler: the sampler.
+        objective: what is minimised.
+        energy: maps [D] to []; ``target.energy``.
+        behaviour: where paths come from; on-policy by default.
+        optimizer: any Optax transformation of ``{"sampler", "objective"}``; by default
+            Adam at 1e-3.
+        batch_size: paths per update.
+        num_updates: updates to do, in addition to those of ``state``. 5,000 if no budget
+            is given at all.
+        max_seconds: wall time, compilation included.
+        max_energy_evaluations: energies and gradients together, pilots included.
+        max_grad_norm: global gradient norm is clipped to this; None for no clipping.
+        ema_decay: decay of the moving average of parameters (with warm-up), or None.
+        anneal: maps the share of the budget spent, in [0, 1], to a factor on every
+            update, for learning-rate decay under any budget (`schedules.cosine_anneal`).
+        params: parameters to start from (warm start).
+        state: state to go on from (continued fitting).
+        checkpoint: file to write to; if it exists, the run it holds is resumed, with
+            ``num_updates`` counted from that run's own start. A resumed run budgeted by
+            ``num_updates`` ends bit-identical to an uninterrupted one on the same CPU.
+        checkpoint_seconds: least time between two writes.
+        callback: called as ``callback(count, metrics)`` after each chunk with that
+            chunk's metrics; a true return value stops training.
+        updates_per_chunk: updates per compiled call; by default about a second's worth.
+            Results do not depend on it.
+        max_skipped_in_a_row: so many skipped updates in a row raise.
+        progress_bar: whether to show one; never shown where CI is set.
+
+    Returns:
+        A `FitResult`. An interrupt from the keyboard returns the state so far.
+
+    Raises:
+        ValueError: for an energy that fails or is non-finite wherever the sampler
+            starts, a batch size below 2, or an objective the behaviour cannot serve.
+        TrainingDiverged: after ``max_skipped_in_a_row`` skipped updates in a row; the
+            exception carries the last good state.
+        CheckpointError: for a checkpoint that is damaged, foreign or of another
+            configuration; the file is left as it is.
+
+    Example:
+        >>> import jax, diffsamp as ds
+        >>> target = ds.targets.gmm9()
+        >>> sampler = ds.samplers.dis(dim=2, num_steps=4, scale=4.0)
+        >>> fit = ds.fit(
+        ...     jax.random.key(0), sampler, ds.objectives.log_variance(), target.energy,
+        ...     num_updates=2, batch_size=8, progress_bar=False,
+        ... )
+        >>> fit.metrics["loss"].shape
+        (2,)
+    """
+    begin = time.perf_counter()
+    key, energy = as_key(key), as_energy(energy)
+    behaviour = behaviour or behaviours.on_policy()
+    _check_request(sampler, objective, behaviour, energy, batch_size)
+    if num_updates is None and max_seconds is None and max_energy_evaluations is None:
+        num_updates = 5_000
+    recipe = Recipe(
+        sampler,
+        objective,
+        behaviour,
+        _optimizer(optimizer, max_grad_norm),
+        int(batch_size),
+        ema_decay,
+        anneal,
+    )
+    pilot_key, init_key = jax.random.split(key)
+    progress = _Progress(sampler, batch_size)
+    resumed = checkpoint is not None and os.path.exists(checkpoint)
+    if resumed:
+        shapes = jax.eval_shape(lambda k: init(k, recipe, energy, params)[0], init_key)
+        state = progress.read(checkpoint, recipe, shapes)
+    elif state is None:
+        _check_start(pilot_key, sampler, params, energy)
+        state, cost = init(init_key, recipe, energy, params)
+        progress.add_cost(cost)
+    if not resumed:
+        progress.first = int(state.count)
+    total = None if num_updates is None else progress.first + num_updates
+
+    chunk = functools.partial(_chunk, recipe, updates_per_chunk or MAX_CHUNK)
+    total_or_never = np.float32(np.inf if num_updates is None else num_updates)
+    first = np.int32(progress.first)
+
+    def run(state, num):
+        spent = (time.perf_counter() - begin) / max_seconds if max_seconds else 0.0
+        share = np.float32(min(spent, 1.0))
+        return chunk(state, energy, np.int32(num), total_or_never, first, share)
+
+    jax.block_until_ready(run(state, 0))
+    compile_seconds = time.perf_counter() - begin
+    last_write, per_update = time.perf_counter(), None
+    stopped_by, last_good = "num_updates", state
+    silent = not progress_bar or bool(os.environ.get("CI"))
+    bar = tqdm(total=num_updates, initial=int(state.count) - progress.first, disable=silent)
+    try:
+        while total is None or int(state.count) < total:
+            elapsed = time.perf_counter() - begin
+            if max_seconds is not None and elapsed >= max_seconds:
+                stopped_by = "max_seconds"
+                break
+            budget = max_energy_evaluations
+            if budget is not None and progress.num_evaluations >= budget:
+                stopped_by = "max_energy_evaluations"
+                break
+            num = updates_per_chunk or _chunk_length(per_update)
+            if total is not None:
+                num = min(num, total - int(state.count))
+            if budget is not None:
+                num = min(num, progress.updates_within(budget))
+            chunk_begin = time.perf_counter()
+            state, metrics, cost = jax.block_until_ready(run(state, num))
+            per_update = (time.perf_counter() - chunk_begin) / num
+            metrics = {name: np.asarray(v)[:num] for name, v in metrics.items()}
+            progress.add_chunk(num, metrics, cost)
+            bar.update(num)
+            bar.set_postfix(_bar_text(metrics, state), refresh=False)
+            if int(state.skipped_in_a_row) >= max_skipped_in_a_row:
+                raise TrainingDiverged(
+                    f"{int(state.skipped_in_a_row)} updates in a row had a non-finite "
+                    "loss or gradient. Lower the learning rate, raise the reference "
+                    "scale to the target's, or check the energy for NaN where the "
+                    "sampler goes; the last good state is in the exception's .state",
+                    last_good._replace(count=state.count),
+                )
+            last_good = state
+            due = time.perf_counter() - last_write >= checkpoint_seconds
+            if checkpoint is not None and due:
+                progress.write(checkpoint, recipe, state)
+                last_write = time.perf_counter()
+            if callback is not None and callback(int(state.count), metrics):
+                stopped_by = "callback"
+                break
+    except KeyboardInterrupt:
+        stopped_by, state = "interrupt", last_good
+    finally:
+        bar.close()
+        if checkpoint is not None:
+            progress.write(checkpoint, recipe, last_good)
+    return FitResult(
+        params=state.params["sampler"] if ema_decay is None else state.average,
+        state=state,
+        metrics=progress.metrics,
+        num_energy_evaluations=progress.num_energy,
+        num_gradient_evaluations=progress.num_gradient,
+        num_network_evaluations=progress.num_network,
+        num_skipped=int(state.num_skipped),
+        seconds=time.perf_counter() - begin,
+        compile_seconds=compile_seconds,
+        stopped_by=stopped_by,
+    )
+
+
+def param_labels(params: Params) -> Params:
+    """Labels every trainable parameter with its group, for `optax.multi_transform`.
+
+    Groups are "generation", "destruction" and whatever an objective names its own
+    parameters ("log_z", "flow", ...).
+
+    Args:
+        params: ``{"sampler": ..., "objective": ...}``.
+
+    Returns:
+        A tree of strings of the same structure.
+
+    Example:
+        >>> import jax, optax, diffsamp as ds
+        >>> optimizer = optax.multi_transform(
+        ...     {"generation": optax.adam(1e-3), "destruction": optax.adam(1e-4),
+        ...      "log_z": optax.adam(1e-2)},
+        ...     ds.param_labels,
+        ... )
+    """
+    groups = {"generation", "destruction", "log_z", "flow"}
+
+    def label(path, _):
+        names = [getattr(entry, "key", None) for entry in path]
+        known = [name for name in names if name in groups]
+        return known[0] if known else str(names[1] if len(names) > 1 else names[0])
+
+    return jax.tree_util.tree_map_with_path(label, params)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _chunk(recipe, length, state, energy, num, total, first, share):
+    """``num <= length`` updates in one compiled call; ``num`` is dynamic."""
+
+    def progress(state):
+        done = (state.count - first).astype(jnp.float32) / total
+        return jnp.maximum(done, share)
+
+    _, shapes, _ = jax.eval_shape(
+        lambda s: step(recipe, s, energy, progress(s)), state
+    )
+    store = {k: jnp.zeros((length,), v.dtype) for k, v in shapes.items()}
+    none = Cost(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
+
+    def body(i, carry):
+        state, store, cost = carry
+        state, metrics, own = step(recipe, state, energy, progress(state))
+        store = {k: store[k].at[i].set(v) for k, v in metrics.items()}
+        return state, store, Cost(*(a + b for a, b in zip(cost, own, strict=True)))
+
+    return jax.lax.fori_loop(0, num, body, (state, store, none))
+
+
+class _Progress:
+    """Host-side counts and history of one run, and their checkpoint."""
+
+    def __init__(self, sampler: Sampler, batch_size: int):
+        self.price = sampler.evaluations_per_path
+        self.batch_size = batch_size
+        self.num_energy = self.num_gradient = self.num_network = 0
+        self.first = 0
+        self._history: list[dict[str, np.ndarray]] = []
+
+    @property
+    def num_evaluations(self) -> int:
+        return self.num_energy + self.num_gradient
+
+    @property
+    def metrics(self) -> dict[str, np.ndarray]:
+        names = self._history[0] if self._history else {}
+        return {n: np.concatenate([m[n] for m in self._history]) for n in names}
+
+    def updates_within(self, budget: int) -> int:
+        per_update = self.batch_size * (self.price.energy + self.price.gradient)
+        return max(1, (budget - self.num_evaluations) // per_update)
+
+    def add_cost(self, cost: Cost) -> None:
+        self.num_energy += int(cost.energy)
+        self.num_gradient += int(cost.gradient)
+
+    def add_chunk(self, num: int, metrics: dict[str, np.ndarray], cost: Cost) -> None:
+        paths = num * self.batch_size
+        self.add_cost(cost)
+        self.num_energy += paths * self.price.energy
+        self.num_gradient += paths * self.price.gradient
+        self.num_network += 2 * paths * self.price.network
+        self._history.append(metrics)
+
+    def write(self, path, recipe: Recipe, state: TrainState) -> None:
+        header = {
+            "kind": "training",
+            "configuration": _configuration(recipe),
+            "counts": [self.num_energy, self.num_gradient, self.num_network],
+            "first": self.first,
+        }
+        files.write(path, header, {"state": state, "metrics": self.metrics})
+
+    def read(self, path, recipe: Recipe, shapes: TrainState) -> TrainState:
+        header, payload = files.read(path)
+        if header.get("kind") != "training":
+            raise files.CheckpointError(
+                f"{path} holds {header.get('kind')!r}, not a training checkpoint; it "
+                "was left untouched. Choose another path"
+            )
+        if header["configuration"] != _configuration(recipe):
+            raise files.CheckpointError(
+                f"{path} was written for another configuration and was left untouched.\n"
+                f"  it holds: {header['configuration']}\n  wanted:   "
+                f"{_configuration(recipe)}\nChoose another path, or restore the settings"
+            )
+        state = files.restore(shapes, payload["state"], path)
+        self.num_energy, self.num_gradient, self.num_network = header["counts"]
+        self.first = header["first"]
+        if payload["metrics"]:
+            self._history.append(payload["metrics"])
+        return state
+
+
+def _configuration(recipe: Recipe) -> str:
+    return (
+        f"{recipe.sampler!r}, batch_size={recipe.batch_size}, "
+        f"ema_decay={recipe.ema_decay}"
+    )
+
+
+def _optimizer(optimizer, max_grad_norm):
+    optimizer = optimizer or _default_optimizer()
+    return optimizer if max_grad_norm is None else _clipped(optimizer, max_grad_norm)
+
+
+@functools.cache
+def _default_optimizer():
+    return optax.adam(1e-3)
+
+
+@functools.cache
+def _clipped(optimizer, max_grad_norm):
+    return optax.chain(optax.clip_by_global_norm(max_grad_norm), optimizer)
+
+
+def _average(decay, state: TrainState, params: Params) -> Params:
+    if decay is None:
+        return params
+    count = state.count.astype(jnp.float32)
+    rate = jnp.maximum(1 - decay, 9 / (10 + count))
+    return optax.incremental_update(params, state.average, rate)
+
+
+def _path_metrics(log_weight: Array, rows: Array) -> dict[str, Array]:
+    """ELBO and relative effective sample size over the simulated rows."""
+    finite = rows & jnp.isfinite(log_weight)
+    count = jnp.sum(finite).astype(log_weight.dtype)
+    elbo = jnp.sum(jnp.where(finite, log_weight, 0.0)) / count
+    masked = jnp.where(finite, log_weight, -jnp.inf)
+    log_sum, log_square = (jax.nn.logsumexp(c * masked) for c in (1, 2))
+    return {
+        "elbo": elbo,
+        "ess": jnp.exp(2 * log_sum - log_square) / count,
+        "num_nonfinite": jnp.sum(rows & ~jnp.isfinite(log_weight)),
+    }
+
+
+def _chunk_length(per_update: float | None) -> int:
+    if per_update is None:
+        return 10
+    return int(np.clip(1.0 / max(per_update, 1e-6), 1, MAX_CHUNK))
+
+
+def _bar_text(metrics: dict[str, np.ndarray], state: TrainState) -> dict[str, str]:
+    elbo = metrics["elbo"][np.isfinite(metrics["elbo"])]
+    text = {"elbo": f"{elbo.mean():.3f}" if elbo.size else "-"}
+    text["loss"] = f"{metrics['loss'][-1]:.3g}"
+    if int(state.num_skipped):
+        text["skipped"] = str(int(state.num_skipped))
+    return text
+
+
+def _check_request(sampler, objective, behaviour, energy, batch_size) -> None:
+    if not isinstance(sampler, Sampler):
+        raise ValueError(
+            f"sampler must come from diffsamp.samplers, got {type(sampler).__name__}"
+        )
+    if not isinstance(objective, Objective):
+        raise ValueError(
+            "objective must come from diffsamp.objectives, called: log_variance(), got "
+            f"{type(objective).__name__}"
+        )
+    if not isinstance(behaviour, Behaviour):
+        raise ValueError(
+            "behaviour must come from diffsamp.behaviours, called: on_policy(), got "
+            f"{type(behaviour).__name__}"
+        )
+    if batch_size < 2:
+        raise ValueError(f"batch_size must be at least 2, got {batch_size}")
+    check_energy(energy, sampler.dim, jax.dtypes.canonicalize_dtype(float))
+    requires, provides = objective.requires, behaviour.provides
+    if requires.simulation_gradient and not provides.only_on_policy:
+        raise ValueError(
+            "this objective differentiates through the simulation and needs "
+            "behaviours.on_policy() alone; for other behaviours use log_variance, "
+            "trajectory_balance or reverse_kl_log_derivative"
+        )
+    if requires.on_policy and not provides.on_policy:
+        raise ValueError(
+            "this objective needs on-policy rows; put behaviours.on_policy() into a "
+            "behaviours.mixture"
+        )
+    if requires.target_draws and not provides.target_draws:
+        raise ValueError(
+            "this objective needs paths into target draws; use "
+            "behaviours.smc_seeded(...) or behaviours.reference_draws(draws), or pass "
+            "draws to the objective"
+        )
+    if not (provides.simulated or provides.target_draws):
+        raise ValueError(
+            "this behaviour only repeats what another one found; combine it: "
+            "behaviours.mixture((on_policy(), 0.5), (replay(), 0.5))"
+        )
+
+
+def _check_start(key, sampler, params, energy, num: int = 64) -> None:
+    """Raises when no draw of the starting sampler has a finite energy."""
+    params = sampler.init(key) if params is None else params
+    draw = jax.jit(jax.vmap(sampler.final, in_axes=(None, 0, None)))
+    values = np.asarray(draw(params, jax.random.split(key, num), energy).energy)
+    if not np.isfinite(values).any():
+        raise ValueError(
+            f"energy is {values[0]} at all of {num} draws of the starting sampler. Check "
+            "its support and sign (energy = -log density), and set the sampler's loc and "
+            "scale to where the target is (ds.standardise finds them)"
+        )

@@ -1,0 +1,265 @@
+"""The contracts of the library: what flows between samplers, objectives and users.
+
+Conventions, valid everywhere:
+
+* ``energy(x) = -log rho(x)`` for one point ``x`` of shape [D]; users ``vmap``.
+* Time runs from 0 (reference) to 1 (target); a path ``xs`` has shape [K+1, D].
+* *generation* is the kernel ``p(x_{k+1} | x_k)`` towards the target, *destruction* the
+  kernel ``q(x_k | x_{k+1})`` back.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+Key = jax.Array
+Params = Any
+PyTree = Any
+
+
+class Energy(Protocol):
+    """Minus the log of an unnormalised density: ``energy(x [D]) -> []``.
+
+    A module-level function, or a ``jax.tree_util.Partial`` that carries its data, can
+    be reused by compiled code; every new closure compiles anew.
+    """
+
+    def __call__(self, x: Array, /) -> Array: ...
+
+
+class Path(NamedTuple):
+    """A simulated path before it is scored.
+
+    Attributes:
+        xs: states from reference to target, [K+1, D].
+        energy: energy of the last state, [].
+        scores: minus the energy gradient at every state but the last, [K, D]; zeros of
+            shape [K, 0] where no network asks for it.
+        last_score: the same at the last state, [D] or [0].
+    """
+
+    xs: Array
+    energy: Array
+    scores: Array
+    last_score: Array
+
+
+class Trajectory(NamedTuple):
+    """A path with the log-densities of everything that made it.
+
+    Attributes:
+        xs: states from reference to target, [K+1, D].
+        x: the last state, the draw, [D].
+        log_weight: ``-energy - log_prior + sum(log_destruction - log_generation)``, [].
+        log_prior: log-density of the first state (0 for a point mass), [].
+        log_generation: log p(x_{k+1} | x_k), [K].
+        log_destruction: log q(x_k | x_{k+1}) (0 into a point mass), [K].
+        energy: energy of the last state, [].
+    """
+
+    xs: Array
+    x: Array
+    log_weight: Array
+    log_prior: Array
+    log_generation: Array
+    log_destruction: Array
+    energy: Array
+
+
+class Modes(NamedTuple):
+    """The separated modes of a target.
+
+    Attributes:
+        weights: true probability of each mode, [M], sums to one.
+        assign: pure function from a point [D] to the index of its mode, [] int.
+    """
+
+    weights: Array
+    assign: Callable[[Array], Array]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Target:
+    """A density to sample from, with whatever truth about it is known.
+
+    Attributes:
+        energy: minus the log unnormalised density of one point [D].
+        dim: dimension D.
+        name: short identifier used in tables.
+        log_z: log of the integral of exp(-energy), or None when unknown.
+        sample: exact sampler ``(key, n) -> [n, D]``, or None.
+        modes: separated modes with their true weights, or None.
+        scale: advisable standard deviation of the reference, in the units of x.
+        log_prior: normalised log-density of a prior, or None. With `log_likelihood`
+            it satisfies ``energy(x) == -(log_prior(x) + log_likelihood(x))``.
+        log_likelihood: the rest of the log-density, or None.
+        sample_prior: sampler of that prior, ``(key, n) -> [n, D]``, or None.
+        constrain: map from a point [D] to the user's parameters, or None.
+
+    Raises:
+        ValueError: when ``dim`` is not a positive integer or energy is not callable.
+
+    Example:
+        >>> import jax.numpy as jnp, diffsamp as ds
+        >>> target = ds.Target(energy=lambda x: 0.5 * jnp.sum(x**2), dim=3)
+        >>> float(target.energy(jnp.ones(3)))
+        1.5
+    """
+
+    energy: Callable[..., Array]
+    dim: int
+    name: str = "target"
+    log_z: float | None = None
+    sample: Callable[[Key, int], Array] | None = None
+    modes: Modes | None = None
+    scale: float = 1.0
+    log_prior: Callable[[Array], Array] | None = None
+    log_likelihood: Callable[[Array], Array] | None = None
+    sample_prior: Callable[[Key, int], Array] | None = None
+    constrain: Callable[[Array], PyTree] | None = None
+
+    def __post_init__(self):
+        if not callable(self.energy):
+            raise ValueError(f"energy must be callable, got {type(self.energy)}")
+        if not isinstance(self.dim, int) or self.dim < 1:
+            raise ValueError(f"dim must be a positive integer, got {self.dim!r}")
+
+
+class LogEvidence(NamedTuple):
+    """An estimate of log Z.
+
+    Attributes:
+        estimate: log of the mean weight.
+        standard_error: delta-method standard error; infinite where k-hat >= 0.7.
+        lower: ELBO, a lower bound in expectation.
+        upper: EUBO, an upper bound in expectation, or None without target draws.
+    """
+
+    estimate: float
+    standard_error: float
+    lower: float
+    upper: float | None
+
+
+class Requirements(NamedTuple):
+    """What an objective needs from the paths it is given.
+
+    Attributes:
+        simulation_gradient: paths simulated with gradients; on-policy only.
+        on_policy: at least some on-policy rows.
+        target_draws: at least some rows that end in draws from the target.
+    """
+
+    simulation_gradient: bool = False
+    on_policy: bool = False
+    target_draws: bool = False
+
+
+class Batch(NamedTuple):
+    """The shared batch of B paths that objectives are evaluated on.
+
+    Attributes:
+        trajectories: scored paths with detached states, differentiable in the
+            parameters; leaves have a leading axis B.
+        rollouts: the same with gradients through the states, or None.
+        on_policy: rows drawn from the current generation process, [B].
+        target_draws: rows traced back from (approximate) target draws, [B].
+        count: number of updates done, [].
+        key: random key of this update.
+        sampler: the sampler.
+        energy: the energy.
+    """
+
+    trajectories: Trajectory
+    rollouts: Trajectory | None
+    on_policy: Array
+    target_draws: Array
+    count: Array
+    key: Key
+    sampler: Any
+    energy: Energy
+
+
+class Objective(NamedTuple):
+    """A training objective, as pure functions.
+
+    Attributes:
+        requires: what it needs from the behaviour.
+        init: ``(key, sampler, params, energy) -> (objective_params, state)``.
+        loss: ``(params, state, batch) -> (loss [], metrics dict)`` with params
+            ``{"sampler": ..., "objective": ...}``.
+        update: ``(params, state, batch) -> state``, after each optimiser step.
+    """
+
+    requires: Requirements
+    init: Callable[..., tuple[Params, PyTree]]
+    loss: Callable[..., tuple[Array, dict[str, Array]]]
+    update: Callable[..., PyTree]
+
+
+class Proposal(NamedTuple):
+    """Training paths from a behaviour.
+
+    Attributes:
+        paths: unscored paths, leaves with a leading axis B.
+        simulated: rows whose last state is new, not taken from a store, [B].
+        on_policy: rows drawn from the current generation process, [B].
+        target_draws: rows traced back from (approximate) target draws, [B].
+    """
+
+    paths: Path
+    simulated: Array
+    on_policy: Array
+    target_draws: Array
+
+
+class Provides(NamedTuple):
+    """What a behaviour can promise to objectives.
+
+    Attributes:
+        simulated: some rows bring new last states.
+        on_policy: some rows are on-policy.
+        only_on_policy: all rows are.
+        target_draws: some rows end in (approximate) target draws.
+    """
+
+    simulated: bool = False
+    on_policy: bool = False
+    only_on_policy: bool = False
+    target_draws: bool = False
+
+
+class Cost(NamedTuple):
+    """Evaluations of the target, as counts. A gradient evaluation yields the energy.
+
+    Attributes:
+        energy: evaluations of the energy alone, [].
+        gradient: evaluations of energy and gradient together, [].
+    """
+
+    energy: Array | int
+    gradient: Array | int
+
+
+class Behaviour(NamedTuple):
+    """Where training paths come from, as pure functions.
+
+    Attributes:
+        init: ``(key, sampler, params, energy) -> (state, Cost)``.
+        propose: ``(state, key, sampler, params, energy, batch_size, count) ->
+            Proposal``; batch_size is static.
+        update: ``(state, key, sampler, params, energy, trajectories, proposal, count)
+            -> (state, Cost)``, after each optimiser step.
+        provides: what the rows are.
+    """
+
+    init: Callable[..., tuple[PyTree, Cost]]
+    propose: Callable[..., Proposal]
+    update: Callable[..., tuple[PyTree, Cost]]
+    provides: Provides
