@@ -123,11 +123,15 @@ def write(path: str | os.PathLike, header: dict, tree: PyTree) -> None:
     text = json.dumps(header).encode()
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
-    with open(partial, "wb") as file:
-        file.write(MAGIC + len(text).to_bytes(8, "little") + text + payload)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    try:
+        with open(partial, "wb") as file:
+            file.write(MAGIC + len(text).to_bytes(8, "little") + text + payload)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def read(path: str | os.PathLike) -> tuple[dict, Any]:
@@ -167,6 +171,13 @@ def restore(template: PyTree, payload: Any, path: str | os.PathLike) -> PyTree:
         CheckpointError: when structure, shapes or dtypes differ.
     """
     plain = without_keys(template)
+    # Flax by itself accepts, and drops, what is too many.
+    want, have = _names(serialization.to_state_dict(plain)), _names(payload)
+    if odd := sorted(want ^ have):
+        raise CheckpointError(
+            f"{path} was written for another configuration: only one of file and "
+            f"request has {', '.join(odd[:3])}{', ...' if odd[3:] else ''}"
+        )
     try:
         filled = serialization.from_state_dict(plain, payload)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -192,6 +203,13 @@ def without_keys(tree: PyTree) -> PyTree:
     return jax.tree.map(lambda x: _key_data(x) if _is_key(x) else x, tree)
 
 
+def _names(tree: Any) -> set[str]:
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/") or "(root)"
+        for path, _ in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
 def _is_key(leaf: Any) -> bool:
     dtype = getattr(leaf, "dtype", None)
     return dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
@@ -206,7 +224,9 @@ def _key_data(leaf: Any) -> Any:
 def _with_key(template: Any, leaf: Any) -> Any:
     if not _is_key(template):
         return leaf
-    return jax.random.wrap_key_data(leaf, impl=jax.random.key_impl(template))
+    found = []  # `key_impl` takes no ShapeDtypeStruct, but a tracer
+    jax.eval_shape(lambda key: found.append(jax.random.key_impl(key)), template)
+    return jax.random.wrap_key_data(leaf, impl=found[0])
 
 
 def _encode(value: Any) -> Any:

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from diffsamp import batching, evidence, probes
 from diffsamp import diagnostics as judging
-from diffsamp import evidence, probes
 from diffsamp.diagnostics import Diagnostics
 from diffsamp.energies import as_energy, as_key, check_energy
 from diffsamp.sampler import Sampler
 from diffsamp.types import Array, Energy, Key, LogEvidence, Params
-
-BLOCK = 256
 
 
 class Draws(NamedTuple):
@@ -55,13 +52,18 @@ class Draws(NamedTuple):
         offset, order = jax.random.split(as_key(key))
         weights = np.ones(len(self.x))
         if self.log_weight is not None:
-            log_weight = np.nan_to_num(self.log_weight.astype(np.float64), nan=-np.inf)
-            if not np.isfinite(log_weight).any():
+            log_weight = np.asarray(self.log_weight, np.float64)
+            log_weight = np.where(np.isnan(log_weight), -np.inf, log_weight)
+            top = log_weight.max()
+            if top == -np.inf:
                 raise ValueError("every draw has zero weight: nothing to resample")
-            weights = np.exp(log_weight - log_weight.max())
-        cumulative = np.cumsum(weights) / weights.sum()
+            weights = (log_weight == np.inf) * 1.0  # where there are any, these alone
+            if top < np.inf:
+                weights = np.exp(log_weight - top)
+        cumulative = np.cumsum(weights)
         positions = (np.arange(num) + float(jax.random.uniform(offset))) / num
-        index = np.minimum(np.searchsorted(cumulative, positions), len(self.x) - 1)
+        # From the right, so that a weight of zero is never taken.
+        index = np.searchsorted(cumulative / cumulative[-1], positions, side="right")
         return self.x[index[np.asarray(jax.random.permutation(order, num))]]
 
 
@@ -73,7 +75,7 @@ def draw(
     num_draws: int = 1_000,
     *,
     probe: probes.Probe | Array | None = None,
-    batch_size: int = 8_192,
+    batch_size: int = batching.BATCH,
 ) -> Draws:
     """Draws weighted points and judges them.
 
@@ -112,21 +114,19 @@ def draw(
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     key, energy = as_key(key), as_energy(energy)
     check_energy(energy, sampler.dim, jax.dtypes.canonicalize_dtype(float))
-    num_blocks = min(-(-batch_size // BLOCK), -(-num_draws // BLOCK))
-    size = num_blocks * BLOCK
-    parts = []
-    for start in range(0, num_draws, size):
-        part = _draw_blocks(sampler, num_blocks, params, key, energy, np.int32(start))
-        keep = min(size, num_draws - start)
-        parts.append(jax.tree.map(lambda a, n=keep: np.asarray(a)[:n], part))
-    final = jax.tree.map(lambda *a: np.concatenate(a), *parts)
+    final = batching.draw_final(key, sampler, params, energy, num_draws, batch_size)
     price = sampler.evaluations_per_path
     counts = [num_draws * p for p in price]
     probe_log_weight = probe_weights = None
     if probe is not None:
         probe = probe if isinstance(probe, probes.Probe) else probes.given(probe)
         probe_log_weight = log_weights_of(
-            jax.random.fold_in(key, 2**32 - 1), sampler, params, energy, probe.x, batch_size
+            jax.random.fold_in(key, 2**32 - 1),
+            sampler,
+            params,
+            energy,
+            probe.x,
+            batch_size,
         )
         probe_weights = probe.weights
         counts = [c + len(probe.x) * p for c, p in zip(counts, price, strict=True)]
@@ -144,9 +144,7 @@ def draw(
         x=final.x,
         log_weight=final.log_weight,
         energy=final.energy,
-        log_evidence=evidence.log_evidence(
-            final.log_weight, pareto_k=report.pareto_k
-        ),
+        log_evidence=evidence.log_evidence(final.log_weight, pareto_k=report.pareto_k),
         diagnostics=report,
     )
 
@@ -157,7 +155,7 @@ def log_weights_of(
     params: Params,
     energy: Energy,
     x: Array,
-    batch_size: int = 8_192,
+    batch_size: int = batching.BATCH,
 ) -> np.ndarray:
     """Log-weights of paths traced back from given points.
 
@@ -177,46 +175,6 @@ def log_weights_of(
     x = jnp.asarray(x, jax.dtypes.canonicalize_dtype(float))
     if x.ndim != 2 or x.shape[1] != sampler.dim or x.shape[0] == 0:
         raise ValueError(f"x must have shape [M, {sampler.dim}], got {list(x.shape)}")
-    key, energy = as_key(key), as_energy(energy)
-    num_blocks = min(-(-batch_size // BLOCK), -(-x.shape[0] // BLOCK))
-    size = num_blocks * BLOCK
-    parts = []
-    for start in range(0, x.shape[0], size):
-        rows = x[start : start + size]
-        padding = jnp.broadcast_to(rows[:1], (size - len(rows), x.shape[1]))
-        filled = jnp.concatenate([rows, padding])
-        values = _trace_blocks(
-            sampler, num_blocks, params, key, energy, np.int32(start), filled
-        )
-        parts.append(np.asarray(values)[: len(rows)])
-    return np.concatenate(parts)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _draw_blocks(sampler, num_blocks, params, key, energy, start):
-    def block(index):
-        keys = _keys(key, start, index)
-        return jax.vmap(sampler.final, in_axes=(None, 0, None))(params, keys, energy)
-
-    return _flat(jax.lax.map(block, jnp.arange(num_blocks)))
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _trace_blocks(sampler, num_blocks, params, key, energy, start, x):
-    def block(inputs):
-        index, rows = inputs
-        keys = _keys(key, start, index)
-        trace = jax.vmap(sampler.trace_back, in_axes=(None, 0, 0, None))
-        return trace(params, keys, rows, energy).log_weight
-
-    blocks = x.reshape(num_blocks, BLOCK, -1)
-    return _flat(jax.lax.map(block, (jnp.arange(num_blocks), blocks)))
-
-
-def _keys(key, start, index):
-    number = start + index * BLOCK + jnp.arange(BLOCK)
-    return jax.vmap(lambda i: jax.random.fold_in(key, i))(number)
-
-
-def _flat(tree: Any) -> Any:
-    return jax.tree.map(lambda a: a.reshape((-1,) + a.shape[2:]), tree)
+    return batching.trace_back_log_weights(
+        as_key(key), sampler, params, as_energy(energy), x, batch_size
+    )

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from diffsamp import diagnostics, drawing, evidence, metrics, probes
+from diffsamp import batching, diagnostics, drawing, evidence, metrics, probes
 from diffsamp.energies import as_key
 from diffsamp.sampler import Sampler
 from diffsamp.types import Key, Params, Target
@@ -22,7 +22,7 @@ def evaluate(
     num_draws: int = 2_000,
     reference_draws: Any = None,
     sinkhorn: bool = True,
-    batch_size: int = 8_192,
+    batch_size: int = batching.BATCH,
 ) -> dict[str, Any]:
     """Every measure of quality that the target allows, each beside its floor.
 
@@ -89,12 +89,13 @@ def evaluate(
         out["log_z_true"] = target.log_z
         out["log_z_error"] = out["log_z"] - target.log_z
         out["elbo_gap"] = target.log_z - out["elbo"]
-    equal = draws.x
+    equal, usable_log_weight = draws.x, None  # unweighted where no weight is usable
     if np.isfinite(np.nanmax(draws.log_weight, initial=-np.inf)):
         equal = draws.resample(for_resampling, num_draws)
-    out["mean"], out["sd"] = metrics.moments(draws.x, draws.log_weight)
+        usable_log_weight = draws.log_weight
+    out["mean"], out["sd"] = metrics.moments(draws.x, usable_log_weight)
     if target.modes is not None:
-        weights = metrics.mode_weights(draws.x, target.modes, draws.log_weight)
+        weights = metrics.mode_weights(draws.x, target.modes, usable_log_weight)
         raw = metrics.mode_weights(draws.x, target.modes)
         out["mode_weights"] = weights
         out["mode_tv"] = metrics.total_variation(weights, target.modes.weights)

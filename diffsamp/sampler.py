@@ -87,6 +87,7 @@ class Sampler:
         loc: location of the reference, a number or D numbers, in units of x.
         scale: standard deviation of the reference, a number or D numbers.
         condition_dim: size of the condition of a conditional energy; 0 for none.
+        variance_range: learned log-variances stay within this of the reference's.
 
     Raises:
         ValueError: when dim or num_steps is below 1, loc or scale has another length
@@ -101,6 +102,7 @@ class Sampler:
     loc: float | tuple[float, ...] = 0.0
     scale: float | tuple[float, ...] = 1.0
     condition_dim: int = 0
+    variance_range: float = 2.0
 
     def __post_init__(self):
         for name in ("dim", "num_steps"):
@@ -111,7 +113,9 @@ class Sampler:
                 raise ValueError(f"{name} must be at least 1, got {value}")
             object.__setattr__(self, name, int(value))
         for name in ("loc", "scale"):
-            object.__setattr__(self, name, _numbers(name, getattr(self, name), self.dim))
+            object.__setattr__(
+                self, name, _numbers(name, getattr(self, name), self.dim)
+            )
         if not np.all(np.asarray(self.scale) > 0):
             raise ValueError(f"scale must be positive, got {self.scale}")
 
@@ -245,9 +249,7 @@ class Sampler:
                 every generation step, in unit coordinates.
         """
         params = jax.lax.stop_gradient(params)
-        run = self._run(
-            params, key, energy, condition, keep=True, extra_std=extra_std
-        )
+        run = self._run(params, key, energy, condition, keep=True, extra_std=extra_std)
         return run[-1]
 
     def trace_path(
@@ -340,9 +342,8 @@ class Sampler:
     def _generate(self, params, step: _Step, y, score, condition):
         context = Context(score, step.score_gain, condition)
         control = self.generation(params["generation"], y, step.time, context)
-        shift = step.generation_std / math.sqrt(self.num_steps)
-        mean = step.generation_decay * y + shift * control.astype(y.dtype)
-        return mean, step.generation_std
+        mean = step.generation_decay * y
+        return self._controlled(mean, step.generation_std, control)
 
     def _destroy(self, params, step: _Step, y_next, next_score, condition):
         mean = step.destruction_decay * y_next
@@ -351,15 +352,24 @@ class Sampler:
             control = self.destruction(
                 params["destruction"], y_next, step.next_time, context
             )
-            shift = step.destruction_std / math.sqrt(self.num_steps)
-            mean = mean + shift * control.astype(y_next.dtype)
+            return self._controlled(mean, step.destruction_std, control)
         return mean, step.destruction_std
+
+    def _controlled(self, mean, std, control):
+        """Adds a control to a kernel of the reference."""
+        drift = control[: self.dim].astype(mean.dtype)
+        mean = mean + std / math.sqrt(self.num_steps) * drift
+        if control.shape[-1] > self.dim:
+            bound = self.variance_range
+            log_variance = control[self.dim :].astype(mean.dtype)
+            std = std * jnp.exp(0.5 * bound * jnp.tanh(log_variance / bound))
+        return mean, std
 
     def _log_density(self, y, mean, std):
         """Density in units of x; 0 for the transition into a point mass."""
         safe = jnp.where(std > 0, std, jnp.ones_like(std))
         value = normal_log_prob(y, mean, safe) - self._log_volume
-        return jnp.where(std > 0, value, jnp.zeros_like(value))
+        return jnp.where(jnp.all(std > 0), value, jnp.zeros_like(value))
 
     def _log_prior(self, y):
         if self.process.point_mass:

@@ -53,7 +53,9 @@ class CosineNoise:
     floor: float
 
     def signal(self, t: np.ndarray) -> np.ndarray:
-        return np.maximum(np.sin(0.5 * np.pi * np.asarray(t, np.float64)) ** 2, self.floor)
+        return np.maximum(
+            np.sin(0.5 * np.pi * np.asarray(t, np.float64)) ** 2, self.floor
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
+import re
 import time
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -21,7 +23,8 @@ import numpy as np
 import optax
 from tqdm import tqdm
 
-from diffsamp import behaviours, checkpoint as files
+from diffsamp import batching, behaviours
+from diffsamp import checkpoint as files
 from diffsamp.energies import as_energy, as_key, check_energy
 from diffsamp.sampler import Sampler
 from diffsamp.types import Array, Batch, Behaviour, Cost, Energy, Key, Objective, Params
@@ -139,6 +142,10 @@ def init(
     own, objective_state = recipe.objective.init(for_objective, sampler, params, energy)
     behaviour_state, cost = recipe.behaviour.init(
         for_behaviour, sampler, params, energy
+    )
+    pilot, price = recipe.objective.requires.pilot_paths, sampler.evaluations_per_path
+    cost = Cost(
+        cost.energy + pilot * price.energy, cost.gradient + pilot * price.gradient
     )
     trainable = {"sampler": params, "objective": own}
     zero = jnp.zeros((), jnp.int32)
@@ -361,6 +368,7 @@ def fit(
     key, energy = as_key(key), as_energy(energy)
     behaviour = behaviour or behaviours.on_policy()
     _check_request(sampler, objective, behaviour, energy, batch_size)
+    _check_budget(num_updates, updates_per_chunk, checkpoint)
     if num_updates is None and max_seconds is None and max_energy_evaluations is None:
         num_updates = 5_000
     recipe = Recipe(
@@ -379,7 +387,7 @@ def fit(
         shapes = jax.eval_shape(lambda k: init(k, recipe, energy, params)[0], init_key)
         state = progress.read(checkpoint, recipe, shapes)
     elif state is None:
-        _check_start(pilot_key, sampler, params, energy)
+        progress.add_pilot(_check_start(pilot_key, sampler, params, energy))
         state, cost = init(init_key, recipe, energy, params)
         progress.add_cost(cost)
     if not resumed:
@@ -395,12 +403,26 @@ def fit(
         share = np.float32(min(spent, 1.0))
         return chunk(state, energy, np.int32(num), total_or_never, first, share)
 
-    jax.block_until_ready(run(state, 0))
+    def keep(state):
+        if checkpoint is not None:
+            try:
+                progress.write(checkpoint, recipe, state)
+            except OSError as error:  # a full disk must not cost the run
+                warnings.warn(
+                    f"{checkpoint} could not be written ({error}); training goes on",
+                    RuntimeWarning,
+                    stacklevel=3,
+                )
+
+    if total is None or int(state.count) < total:
+        jax.block_until_ready(run(state, 0))
     compile_seconds = time.perf_counter() - begin
     last_write, per_update = time.perf_counter(), None
     stopped_by, last_good = "num_updates", state
     silent = not progress_bar or bool(os.environ.get("CI"))
-    bar = tqdm(total=num_updates, initial=int(state.count) - progress.first, disable=silent)
+    bar = tqdm(
+        total=num_updates, initial=int(state.count) - progress.first, disable=silent
+    )
     try:
         while total is None or int(state.count) < total:
             elapsed = time.perf_counter() - begin
@@ -416,25 +438,27 @@ def fit(
                 num = min(num, total - int(state.count))
             if budget is not None:
                 num = min(num, progress.updates_within(budget))
-            chunk_begin = time.perf_counter()
+            chunk_begin, in_a_row = time.perf_counter(), int(state.skipped_in_a_row)
             state, metrics, cost = jax.block_until_ready(run(state, num))
             per_update = (time.perf_counter() - chunk_begin) / num
             metrics = {name: np.asarray(v)[:num] for name, v in metrics.items()}
             progress.add_chunk(num, metrics, cost)
+            last_good = state
             bar.update(num)
             bar.set_postfix(_bar_text(metrics, state), refresh=False)
-            if int(state.skipped_in_a_row) >= max_skipped_in_a_row:
+            in_a_row = _longest_run(metrics["skipped"], in_a_row)
+            if in_a_row >= max_skipped_in_a_row:
+                # Skipped updates left everything but the counts as it was.
+                last_good = state._replace(skipped_in_a_row=jnp.zeros((), jnp.int32))
                 raise TrainingDiverged(
-                    f"{int(state.skipped_in_a_row)} updates in a row had a non-finite "
+                    f"{in_a_row} updates in a row had a non-finite "
                     "loss or gradient. Lower the learning rate, raise the reference "
                     "scale to the target's, or check the energy for NaN where the "
                     "sampler goes; the last good state is in the exception's .state",
-                    last_good._replace(count=state.count),
+                    last_good,
                 )
-            last_good = state
-            due = time.perf_counter() - last_write >= checkpoint_seconds
-            if checkpoint is not None and due:
-                progress.write(checkpoint, recipe, state)
+            if time.perf_counter() - last_write >= checkpoint_seconds:
+                keep(state)
                 last_write = time.perf_counter()
             if callback is not None and callback(int(state.count), metrics):
                 stopped_by = "callback"
@@ -443,8 +467,7 @@ def fit(
         stopped_by, state = "interrupt", last_good
     finally:
         bar.close()
-        if checkpoint is not None:
-            progress.write(checkpoint, recipe, last_good)
+        keep(last_good)
     return FitResult(
         params=state.params["sampler"] if ema_decay is None else state.average,
         state=state,
@@ -497,9 +520,7 @@ def _chunk(recipe, length, state, energy, num, total, first, share):
         done = (state.count - first).astype(jnp.float32) / total
         return jnp.maximum(done, share)
 
-    _, shapes, _ = jax.eval_shape(
-        lambda s: step(recipe, s, energy, progress(s)), state
-    )
+    _, shapes, _ = jax.eval_shape(lambda s: step(recipe, s, energy, progress(s)), state)
     store = {k: jnp.zeros((length,), v.dtype) for k, v in shapes.items()}
     none = Cost(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
 
@@ -534,6 +555,11 @@ class _Progress:
     def updates_within(self, budget: int) -> int:
         per_update = self.batch_size * (self.price.energy + self.price.gradient)
         return max(1, (budget - self.num_evaluations) // per_update)
+
+    def add_pilot(self, paths: int) -> None:
+        self.num_energy += paths * self.price.energy
+        self.num_gradient += paths * self.price.gradient
+        self.num_network += paths * self.price.network
 
     def add_cost(self, cost: Cost) -> None:
         self.num_energy += int(cost.energy)
@@ -578,10 +604,11 @@ class _Progress:
 
 
 def _configuration(recipe: Recipe) -> str:
-    return (
+    text = (
         f"{recipe.sampler!r}, batch_size={recipe.batch_size}, "
         f"ema_decay={recipe.ema_decay}"
     )
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", text)  # functions move between processes
 
 
 def _optimizer(optimizer, max_grad_norm):
@@ -619,6 +646,15 @@ def _path_metrics(log_weight: Array, rows: Array) -> dict[str, Array]:
         "ess": jnp.exp(2 * log_sum - log_square) / count,
         "num_nonfinite": jnp.sum(rows & ~jnp.isfinite(log_weight)),
     }
+
+
+def _longest_run(skipped: np.ndarray, before: int) -> int:
+    """Longest run of skipped updates, with ``before`` of them just ahead."""
+    longest = run = before
+    for bad in skipped:
+        run = run + 1 if bad else 0
+        longest = max(longest, run)
+    return longest
 
 
 def _chunk_length(per_update: float | None) -> int:
@@ -679,14 +715,33 @@ def _check_request(sampler, objective, behaviour, energy, batch_size) -> None:
         )
 
 
-def _check_start(key, sampler, params, energy, num: int = 64) -> None:
-    """Raises when no draw of the starting sampler has a finite energy."""
+def _check_budget(num_updates, updates_per_chunk, checkpoint) -> None:
+    if num_updates is not None and num_updates < 0:
+        raise ValueError(f"num_updates must not be negative, got {num_updates}")
+    if updates_per_chunk is not None and updates_per_chunk < 1:
+        raise ValueError(
+            f"updates_per_chunk must be at least 1, got {updates_per_chunk}"
+        )
+    if checkpoint is not None:
+        folder = os.path.dirname(os.path.abspath(checkpoint))
+        if not (os.path.isdir(folder) and os.access(folder, os.W_OK)):
+            raise ValueError(
+                f"checkpoint {checkpoint} cannot be written: {folder} is not a folder "
+                "you may write to; create it first"
+            )
+
+
+def _check_start(key, sampler, params, energy) -> int:
+    """Raises when no draw of the starting sampler has a finite energy.
+
+    Returns the number of paths drawn.
+    """
     params = sampler.init(key) if params is None else params
-    draw = jax.jit(jax.vmap(sampler.final, in_axes=(None, 0, None)))
-    values = np.asarray(draw(params, jax.random.split(key, num), energy).energy)
+    values = np.asarray(batching.pilot(key, sampler, params, energy).energy)
     if not np.isfinite(values).any():
         raise ValueError(
-            f"energy is {values[0]} at all of {num} draws of the starting sampler. Check "
-            "its support and sign (energy = -log density), and set the sampler's loc and "
-            "scale to where the target is (ds.standardise finds them)"
+            f"energy is {values[0]} at all of {len(values)} draws of the starting "
+            "sampler. Check its support and sign (energy = -log density), and set the "
+            "sampler's loc and scale to where the target is (ds.standardise finds them)"
         )
+    return len(values)

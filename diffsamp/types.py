@@ -15,7 +15,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import jax
-import jax.numpy as jnp
 
 Array = jax.Array
 Key = jax.Array
@@ -154,11 +153,13 @@ class Requirements(NamedTuple):
         simulation_gradient: paths simulated with gradients; on-policy only.
         on_policy: at least some on-policy rows.
         target_draws: at least some rows that end in draws from the target.
+        pilot_paths: paths simulated by its `init`, for the count of evaluations.
     """
 
     simulation_gradient: bool = False
     on_policy: bool = False
     target_draws: bool = False
+    pilot_paths: int = 0
 
 
 class Batch(NamedTuple):

@@ -54,7 +54,9 @@ def proposal(
     return Proposal(paths, rows(simulated), rows(on_policy), rows(target_draws))
 
 
-def no_state(key: Key, sampler: Any, params: Params, energy: Energy) -> tuple[Any, Cost]:
+def no_state(
+    key: Key, sampler: Any, params: Params, energy: Energy
+) -> tuple[Any, Cost]:
     """`Behaviour.init` of behaviours without state."""
     del key, sampler, params, energy
     return (), FREE

@@ -78,7 +78,9 @@ def smc_seeded(
                 key, prior, num_particles=num_particles, num_mcmc_steps=num_mcmc_steps
             )
         state = SMCSeededState(result.particles, result.log_weight)
-        return state, Cost(result.num_energy_evaluations, result.num_gradient_evaluations)
+        return state, Cost(
+            result.num_energy_evaluations, result.num_gradient_evaluations
+        )
 
     def init(key, sampler, params, energy):
         del params

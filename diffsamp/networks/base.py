@@ -32,8 +32,10 @@ class Control(Protocol):
     """A drift correction: static, hashable, compared by value.
 
     ``init(key, dim, condition_dim) -> params`` and ``control(params, x [D], t [],
-    context) -> [D]`` in unit coordinates; ``needs_score`` says whether the energy
-    gradient is worth computing.
+    context) -> [D] or [2 D]`` in unit coordinates; ``needs_score`` says whether the
+    energy gradient is worth computing. The second D numbers s, where returned, multiply
+    the kernel's variance by ``exp(c tanh(s / c))`` with c the sampler's
+    ``variance_range``: zero leaves the reference's variance.
     """
 
     @property

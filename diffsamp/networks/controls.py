@@ -18,17 +18,34 @@ def _clip(value: Array, bound: float) -> Array:
     return jnp.clip(jnp.nan_to_num(value), -bound, bound)
 
 
+class _Head(nn.Module):
+    """The MLP of a control: clipped drift [D] and raw log-variance [D] or [0]."""
+
+    width: int
+    depth: int
+    output_clip: float
+    learn_variance: bool
+
+    @nn.compact
+    def __call__(self, x: Array, t: Array, context: Context) -> tuple[Array, Array]:
+        size = x.shape[-1]
+        mlp = FourierMLP(self.width, self.depth, size * (1 + self.learn_variance))
+        out = mlp(x, t, context.condition)
+        return _clip(out[:size], self.output_clip), jnp.nan_to_num(out[size:])
+
+
 class FreeModule(nn.Module):
     """``u = clip(F(x, t))``."""
 
     width: int
     depth: int
     output_clip: float
+    learn_variance: bool = False
 
     @nn.compact
     def __call__(self, x: Array, t: Array, context: Context) -> Array:
-        out = FourierMLP(self.width, self.depth)(x, t, context.condition)
-        return _clip(out, self.output_clip)
+        head = _Head(self.width, self.depth, self.output_clip, self.learn_variance)
+        return jnp.concatenate(head(x, t, context))
 
 
 class ScoreGuidedModule(nn.Module):
@@ -39,13 +56,15 @@ class ScoreGuidedModule(nn.Module):
     output_clip: float
     score_clip: float
     initial_guidance: float
+    learn_variance: bool = False
 
     @nn.compact
     def __call__(self, x: Array, t: Array, context: Context) -> Array:
-        out = FourierMLP(self.width, self.depth)(x, t, context.condition)
+        head = _Head(self.width, self.depth, self.output_clip, self.learn_variance)
+        drift, log_variance = head(x, t, context)
         scale = TimeScale(self.width, x.shape[-1], self.initial_guidance)(t)
         guide = scale * _clip(context.score, self.score_clip)
-        return _clip(out, self.output_clip) + context.gain * guide
+        return jnp.concatenate([drift + context.gain * guide, log_variance])
 
 
 class AnnealedScoreModule(nn.Module):
@@ -61,15 +80,16 @@ class AnnealedScoreModule(nn.Module):
     output_clip: float
     score_clip: float
     offset: float
+    learn_variance: bool = False
 
     @nn.compact
     def __call__(self, x: Array, t: Array, context: Context) -> Array:
-        out = FourierMLP(self.width, self.depth)(x, t, context.condition)
+        head = _Head(self.width, self.depth, self.output_clip, self.learn_variance)
+        drift, log_variance = head(x, t, context)
         scale = TimeScale(self.width, x.shape[-1])(t)
         score = (1 - t) * -x + t * _clip(context.score, self.score_clip)
-        return _clip(out, self.output_clip) + context.gain * scale * (
-            score + self.offset * x
-        )
+        guide = context.gain * scale * (score + self.offset * x)
+        return jnp.concatenate([drift + guide, log_variance])
 
 
 class ReferenceGuidedModule(nn.Module):
@@ -78,28 +98,39 @@ class ReferenceGuidedModule(nn.Module):
     width: int
     depth: int
     output_clip: float
+    learn_variance: bool = False
 
     @nn.compact
     def __call__(self, x: Array, t: Array, context: Context) -> Array:
-        out = FourierMLP(self.width, self.depth)(x, t, context.condition)
-        scale = TimeScale(self.width, x.shape[-1])(t)
-        return _clip(out, self.output_clip) - context.gain * scale * (1 - t) * x
+        head = _Head(self.width, self.depth, self.output_clip, self.learn_variance)
+        drift, log_variance = head(x, t, context)
+        guide = context.gain * TimeScale(self.width, x.shape[-1])(t) * (1 - t) * x
+        return jnp.concatenate([drift - guide, log_variance])
 
 
-def free(width: int = 64, depth: int = 2, output_clip: float = 1e4) -> LinenControl:
+def free(
+    width: int = 64,
+    depth: int = 2,
+    *,
+    output_clip: float = 1e4,
+    learn_variance: bool = False,
+) -> LinenControl:
     """A Fourier MLP that never asks for the energy gradient.
 
     Args:
         width: hidden width.
         depth: hidden layers.
         output_clip: bound on each output.
+        learn_variance: whether it also returns log-variances, see `Control`.
 
     Example:
         >>> import diffsamp as ds
         >>> ds.networks.free(width=32).needs_score
         False
     """
-    return LinenControl(FreeModule(width, depth, output_clip), needs_score=False)
+    return LinenControl(
+        FreeModule(width, depth, output_clip, learn_variance), needs_score=False
+    )
 
 
 def score_guided(
@@ -109,6 +140,7 @@ def score_guided(
     output_clip: float = 1e4,
     score_clip: float = 1e2,
     initial_guidance: float = 0.01,
+    learn_variance: bool = False,
 ) -> LinenControl:
     """Fourier MLP plus a learned multiple of the target score (PIS and DDS papers).
 
@@ -118,8 +150,11 @@ def score_guided(
         output_clip: bound on each output of the MLP.
         score_clip: bound on each coordinate of the score in unit coordinates.
         initial_guidance: factor on the score before training.
+        learn_variance: whether it also returns log-variances, see `Control`.
     """
-    module = ScoreGuidedModule(width, depth, output_clip, score_clip, initial_guidance)
+    module = ScoreGuidedModule(
+        width, depth, output_clip, score_clip, initial_guidance, learn_variance
+    )
     return LinenControl(module, needs_score=True)
 
 
@@ -130,6 +165,7 @@ def annealed_score_guided(
     output_clip: float = 1e4,
     score_clip: float = 1e2,
     offset: float = 1.0,
+    learn_variance: bool = False,
 ) -> LinenControl:
     """Fourier MLP plus the score interpolated from reference to target (DIS paper).
 
@@ -141,13 +177,20 @@ def annealed_score_guided(
             papers use 10 on a reference of scale 1; a reference as wide as the target
             makes the same score larger, hence the wider default.
         offset: 1 if the process contains the reference drift, else 0.
+        learn_variance: whether it also returns log-variances, see `Control`.
     """
-    module = AnnealedScoreModule(width, depth, output_clip, score_clip, offset)
+    module = AnnealedScoreModule(
+        width, depth, output_clip, score_clip, offset, learn_variance
+    )
     return LinenControl(module, needs_score=True)
 
 
 def reference_guided(
-    width: int = 64, depth: int = 2, *, output_clip: float = 1e4
+    width: int = 64,
+    depth: int = 2,
+    *,
+    output_clip: float = 1e4,
+    learn_variance: bool = False,
 ) -> LinenControl:
     """Fourier MLP plus the reference score fading out: the bridge's destruction drift.
 
@@ -155,7 +198,7 @@ def reference_guided(
         width: hidden width.
         depth: hidden layers.
         output_clip: bound on each output of the MLP.
+        learn_variance: whether it also returns log-variances, see `Control`.
     """
-    return LinenControl(
-        ReferenceGuidedModule(width, depth, output_clip), needs_score=False
-    )
+    module = ReferenceGuidedModule(width, depth, output_clip, learn_variance)
+    return LinenControl(module, needs_score=False)

@@ -23,7 +23,9 @@ class FourierFeatures(nn.Module):
 
     @nn.compact
     def __call__(self, t: Array) -> Array:
-        phase = self.param("phase", nn.initializers.normal(1.0), (self.count,), _dtype())
+        phase = self.param(
+            "phase", nn.initializers.normal(1.0), (self.count,), _dtype()
+        )
         angle = t * jnp.linspace(0.1, 100.0, self.count, dtype=phase.dtype) + phase
         return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)])
 

@@ -30,7 +30,9 @@ def safe(log_weight: Array, rows: Array) -> Array:
     return jnp.where(rows, log_weight, jnp.zeros_like(log_weight))
 
 
-def no_state(key: Key, sampler: Any, params: Params, energy: Energy) -> tuple[dict, tuple]:
+def no_state(
+    key: Key, sampler: Any, params: Params, energy: Energy
+) -> tuple[dict, tuple]:
     """`Objective.init` of objectives with neither parameters nor state."""
     del key, sampler, params, energy
     return {}, ()

@@ -16,37 +16,32 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from diffsamp import batching
 from diffsamp.objectives.common import finite_rows, keep_state, row_mean, safe
 from diffsamp.types import Objective, Requirements
 
 
 @functools.cache
-def trajectory_balance(log_z_scale: float = 10.0, pilot_size: int = 256) -> Objective:
+def trajectory_balance(log_z_scale: float = 10.0) -> Objective:
     """Half the mean squared distance of log-weights to a learned log Z; any behaviour.
 
     Args:
         log_z_scale: factor between the raw parameter and log Z; the learning rate of
             log Z is this times that of the rest under Adam.
-        pilot_size: paths simulated at the start for the offset.
 
     Raises:
-        ValueError: when an argument is not positive.
+        ValueError: when log_z_scale is not positive.
 
     Example:
         >>> import diffsamp as ds
         >>> ds.objectives.trajectory_balance().requires.on_policy
         False
     """
-    if not log_z_scale > 0 or pilot_size < 2:
-        raise ValueError(
-            "log_z_scale must be positive and pilot_size at least 2, got "
-            f"{log_z_scale} and {pilot_size}"
-        )
+    if not log_z_scale > 0:
+        raise ValueError(f"log_z_scale must be positive, got {log_z_scale}")
 
     def init(key, sampler, params, energy):
-        keys = jax.random.split(key, pilot_size)
-        draw = jax.vmap(sampler.final, in_axes=(None, 0, None))
-        log_weight = draw(params, keys, energy).log_weight
+        log_weight = batching.pilot(key, sampler, params, energy).log_weight
         usable = jnp.isfinite(log_weight)
         log_weight = jnp.where(usable, log_weight, -jnp.inf)
         offset = jax.nn.logsumexp(log_weight) - jnp.log(
@@ -62,4 +57,5 @@ def trajectory_balance(log_z_scale: float = 10.0, pilot_size: int = 256) -> Obje
         residual = log_z - safe(log_weight, rows)
         return 0.5 * row_mean(residual**2, rows), {"log_z": log_z}
 
-    return Objective(Requirements(), init, loss, keep_state)
+    requires = Requirements(pilot_paths=batching.BATCH)
+    return Objective(requires, init, loss, keep_state)

@@ -44,7 +44,9 @@ def weighted_sum(*members: tuple[Objective, Weight]) -> Objective:
                 f"{type(member).__name__}: {member!r}"
             )
     objectives = [objective for objective, _ in members]
-    requires = Requirements(*map(any, zip(*(o.requires for o in objectives), strict=True)))
+    pilot_paths = sum(o.requires.pilot_paths for o in objectives)
+    flags = map(any, zip(*(o.requires for o in objectives), strict=True))
+    requires = Requirements(*flags)._replace(pilot_paths=pilot_paths)
 
     def init(key, sampler, params, energy):
         keys = jax.random.split(key, len(objectives))

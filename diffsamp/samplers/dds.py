@@ -31,6 +31,7 @@ def dds(
     schedule: schedules.NoiseSchedule | None = None,
     time_grid: schedules.TimeGrid | None = None,
     network: Control | None = None,
+    learn_generation_variance: bool = False,
     condition_dim: int = 0,
 ) -> Sampler:
     """Denoising diffusion sampler with the cos^4 noise schedule.
@@ -43,6 +44,8 @@ def dds(
         schedule: noise schedule; `schedules.cosine_power` by default.
         time_grid: ``num_steps -> times``; uniform by default.
         network: control; by default `networks.score_guided`.
+        learn_generation_variance: whether the default control also learns the
+            generation kernel's variance, per state and coordinate.
         condition_dim: size of the condition of a conditional energy.
 
     Raises:
@@ -61,7 +64,8 @@ def dds(
         process=VariancePreserving(
             schedule or schedules.cosine_power(), time_grid or schedules.power_grid()
         ),
-        generation=network or networks.score_guided(),
+        generation=network
+        or networks.score_guided(learn_variance=learn_generation_variance),
         loc=loc,  # pyright: ignore[reportArgumentType]
         scale=scale,  # pyright: ignore[reportArgumentType]
         condition_dim=condition_dim,

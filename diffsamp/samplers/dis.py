@@ -33,6 +33,7 @@ def dis(
     schedule: schedules.NoiseSchedule | None = None,
     time_grid: schedules.TimeGrid | None = None,
     network: Control | None = None,
+    learn_generation_variance: bool = False,
     condition_dim: int = 0,
 ) -> Sampler:
     """Time-reversed diffusion sampler.
@@ -48,6 +49,8 @@ def dis(
             structure a tenth as wide as the reference.
         time_grid: ``num_steps -> times``; uniform by default.
         network: control; by default `networks.annealed_score_guided`.
+        learn_generation_variance: whether the default control also learns the
+            generation kernel's variance, per state and coordinate.
         condition_dim: size of the condition of a conditional energy.
 
     Raises:
@@ -67,7 +70,8 @@ def dis(
         process=VariancePreserving(
             schedule or schedules.geometric(), time_grid or schedules.power_grid()
         ),
-        generation=network or networks.annealed_score_guided(),
+        generation=network
+        or networks.annealed_score_guided(learn_variance=learn_generation_variance),
         loc=loc,  # pyright: ignore[reportArgumentType]
         scale=scale,  # pyright: ignore[reportArgumentType]
         condition_dim=condition_dim,

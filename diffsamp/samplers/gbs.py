@@ -31,6 +31,7 @@ def gbs(
     time_grid: schedules.TimeGrid | None = None,
     network: Control | None = None,
     destruction_network: Control | None = None,
+    learn_generation_variance: bool = False,
     condition_dim: int = 0,
 ) -> Sampler:
     """General bridge sampler: generation and destruction drift both learned.
@@ -44,6 +45,8 @@ def gbs(
         time_grid: ``num_steps -> times``; uniform by default.
         network: generation control; `networks.annealed_score_guided` by default.
         destruction_network: `networks.reference_guided` by default.
+        learn_generation_variance: whether the default control also learns the
+            generation kernel's variance, per state and coordinate.
         condition_dim: size of the condition of a conditional energy.
 
     Raises:
@@ -61,7 +64,10 @@ def gbs(
         dim=dim,
         num_steps=num_steps,
         process=Brownian(float(diffusion), time_grid or schedules.power_grid()),
-        generation=network or networks.annealed_score_guided(offset=0.0),
+        generation=network
+        or networks.annealed_score_guided(
+            offset=0.0, learn_variance=learn_generation_variance
+        ),
         destruction=destruction_network or networks.reference_guided(),
         loc=loc,  # pyright: ignore[reportArgumentType]
         scale=scale,  # pyright: ignore[reportArgumentType]

@@ -29,6 +29,7 @@ def pis(
     scale: float | Sequence[float] = 1.0,
     time_grid: schedules.TimeGrid | None = None,
     network: Control | None = None,
+    learn_generation_variance: bool = False,
     condition_dim: int = 0,
 ) -> Sampler:
     """Path integral sampler: Brownian motion from a point, Brownian bridge back.
@@ -41,6 +42,8 @@ def pis(
             Take the target's own scale: too small a reference is hard to leave.
         time_grid: ``num_steps -> times``; uniform by default.
         network: control; by default `networks.score_guided`.
+        learn_generation_variance: whether the default control also learns the
+            generation kernel's variance, per state and coordinate.
         condition_dim: size of the condition of a conditional energy.
 
     Raises:
@@ -58,7 +61,8 @@ def pis(
         dim=dim,
         num_steps=num_steps,
         process=PinnedBrownian(time_grid or schedules.power_grid()),
-        generation=network or networks.score_guided(),
+        generation=network
+        or networks.score_guided(learn_variance=learn_generation_variance),
         loc=loc,  # pyright: ignore[reportArgumentType]
         scale=scale,  # pyright: ignore[reportArgumentType]
         condition_dim=condition_dim,

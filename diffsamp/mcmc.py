@@ -1,0 +1,737 @@
+"""Samplers with guarantees of their own, for pilots, probes and exact references.
+
+Thin wrappers round BlackJAX (kernels, adaptation, tempering, resampling) and Optax,
+with the conventions of this library: energies instead of log-densities, flat points
+[D], counted evaluations, and no particle that is not finite. All of them are pure and
+may be called inside compiled code. BlackJAX is imported on first use.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.scipy.special import logsumexp
+from jax.tree_util import Partial
+
+from diffsamp.energies import as_energy, as_key, check_energy
+from diffsamp.types import Array, Energy, Key, Target
+
+if TYPE_CHECKING:
+    import optax
+
+# Log-density of points where the energy is NaN or infinite: finite, so that it can be
+# tempered (0 * inf is NaN), and so low that no particle survives there.
+_NO_DENSITY = -1e30
+
+
+class SMCResult(NamedTuple):
+    """What tempered SMC returns.
+
+    Attributes:
+        particles: equally weighted draws, [N, D]. Resampling makes them dependent.
+        log_weight: log Z for each particle, [N], so that as everywhere in the library
+            the mean of exp(log_weight) estimates Z.
+        log_z: log of the integral of exp(-energy), relative to the reference's
+            integral (absolute when the reference is normalised), [].
+        num_iterations: number of temperatures visited, [] int.
+        num_energy_evaluations: energies without gradient, all particles together, [].
+        num_gradient_evaluations: energies with gradient, [].
+        acceptance: mean acceptance rate at the last temperature, [].
+        beta: inverse temperature reached, [].
+        reached_target: whether beta is 1 and the particles have positive density; if
+            False, neither particles nor log_z belong to the target, [] bool.
+    """
+
+    particles: Array
+    log_weight: Array
+    log_z: Array
+    num_iterations: Array
+    num_energy_evaluations: Array
+    num_gradient_evaluations: Array
+    acceptance: Array
+    beta: Array
+    reached_target: Array
+
+
+class HMCInfo(NamedTuple):
+    """Throw-away information on a run of :func:`run_hmc`.
+
+    Attributes:
+        acceptance: mean acceptance statistic of each chain, [C].
+        num_divergences: divergent transitions after warm-up, [C] int.
+        step_size: adapted step size, [C].
+        num_gradient_evaluations: of all chains, warm-up included, [].
+    """
+
+    acceptance: Array
+    num_divergences: Array
+    step_size: Array
+    num_gradient_evaluations: Array
+
+
+def tempered_smc(
+    key: Key,
+    energy: Energy,
+    initial_particles: Array,
+    reference_energy: Energy,
+    *,
+    num_mcmc_steps: int = 5,
+    num_integration_steps: int = 8,
+    target_ess: float = 0.8,
+    target_acceptance: float = 0.8,
+    max_iterations: int = 100,
+) -> SMCResult:
+    """Adaptive tempered sequential Monte Carlo from a reference to the target.
+
+    The path is ``(1 - beta) * reference_energy(x) + beta * energy(x)``. Each
+    temperature is chosen so that the conditional effective sample size is
+    ``target_ess * N``; particles are then resampled (systematically) and moved by HMC.
+    Step size and diagonal metric are tuned from the particles as the run goes on.
+
+    Mode weights are decided along the path: a mode that is missing from the particles
+    while the path is still connected never comes back, and nothing here will tell.
+
+    Args:
+        key: consumed; typed or raw.
+        energy: minus log-density of the target, ``[D] -> []``. Where it is not finite
+            the density counts as zero.
+        initial_particles: independent draws from the reference, [N, D].
+        reference_energy: minus log-density of the reference, ``[D] -> []``, normalised
+            if log_z is to be absolute.
+        num_mcmc_steps: HMC transitions at each temperature.
+        num_integration_steps: leapfrog steps in each transition.
+        target_ess: conditional effective sample size of a step, relative to N.
+        target_acceptance: acceptance rate that the step size is tuned to.
+        max_iterations: number of temperatures after which to give up.
+
+    Returns:
+        An :class:`SMCResult`; look at its ``reached_target``.
+
+    Raises:
+        ValueError: when initial_particles is not [N, D], an energy does not map [D] to
+            a scalar, or an option is out of range.
+
+    Sources: Del Moral, Doucet, Jasra, "Sequential Monte Carlo samplers", 2006; Zhou,
+    Johansen, Aston, "Toward automatic model comparison: an adaptive sequential Monte
+    Carlo approach", 2016 (conditional ESS); Buchholz, Chopin, Jacob, "Adaptive tuning
+    of Hamiltonian Monte Carlo within sequential Monte Carlo", 2021. Kernels,
+    resampling and the root finder are BlackJAX's. Its `adaptive_tempered_smc` chooses
+    the temperature with the particles' weights left out, hence the own choice here.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from diffsamp.mcmc import tempered_smc
+        >>> def reference_energy(x):
+        ...     return 0.5 * jnp.sum(x**2) + 0.5 * x.size * jnp.log(2 * jnp.pi)
+        >>> def energy(x):
+        ...     return jnp.sum((x - 2.0) ** 2)
+        >>> result = tempered_smc(
+        ...     jax.random.key(0),
+        ...     energy,
+        ...     jax.random.normal(jax.random.key(1), (256, 2)),
+        ...     reference_energy,
+        ... )
+        >>> bool(result.reached_target), bool(abs(result.log_z - jnp.log(jnp.pi)) < 0.3)
+        (True, True)
+    """
+    particles = _check_points("initial_particles", initial_particles)
+    energy, reference_energy = as_energy(energy), as_energy(reference_energy)
+    check_energy(energy, particles.shape[1], particles.dtype)
+    check_energy(reference_energy, particles.shape[1], particles.dtype)
+    return _smc(
+        as_key(key),
+        Partial(_minus, reference_energy),
+        Partial(_log_ratio, energy, reference_energy),
+        particles,
+        **_check_smc_options(
+            num_mcmc_steps=num_mcmc_steps,
+            num_integration_steps=num_integration_steps,
+            target_ess=target_ess,
+            target_acceptance=target_acceptance,
+            max_iterations=max_iterations,
+        ),
+    )
+
+
+def smc_from_gaussian(
+    key: Key,
+    energy: Energy,
+    dim: int,
+    *,
+    loc: Array | float = 0.0,
+    scale: Array | float = 1.0,
+    num_particles: int = 1024,
+    **options,
+) -> SMCResult:
+    """Tempered SMC from a Gaussian with independent coordinates.
+
+    Args:
+        key: consumed; typed or raw.
+        energy: minus log-density of the target, ``[D] -> []``.
+        dim: dimension D.
+        loc: mean of the reference, [] or [D].
+        scale: its standard deviation, [] or [D]; rather too large than too small.
+        num_particles: number of particles N.
+        **options: of :func:`tempered_smc`.
+
+    Returns:
+        An :class:`SMCResult`, log_z absolute.
+
+    Raises:
+        ValueError: as :func:`tempered_smc`.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from diffsamp.mcmc import smc_from_gaussian
+        >>> def energy(x):
+        ...     return -jnp.logaddexp(-jnp.sum((x - 3) ** 2), -jnp.sum((x + 3) ** 2))
+        >>> result = smc_from_gaussian(jax.random.key(0), energy, 2, scale=4.0)
+        >>> bool(abs(result.log_z - jnp.log(2 * jnp.pi)) < 0.3)
+        True
+    """
+    draw_key, smc_key = jax.random.split(as_key(key))
+    dtype = jnp.result_type(float)
+    loc = jnp.broadcast_to(jnp.asarray(loc, dtype), (dim,))
+    scale = jnp.broadcast_to(jnp.asarray(scale, dtype), (dim,))
+    noise = jax.random.normal(draw_key, (num_particles, dim), dtype)
+    return tempered_smc(
+        smc_key,
+        energy,
+        loc[None] + scale[None] * noise,
+        Partial(_gaussian_energy, loc, scale),
+        **options,
+    )
+
+
+def smc_from_prior(
+    key: Key, target: Target, num_particles: int = 1024, **options
+) -> SMCResult:
+    """Tempered SMC from a target's prior: only the likelihood is tempered.
+
+    Args:
+        key: consumed; typed or raw.
+        target: a target with ``log_prior``, ``log_likelihood`` and ``sample_prior``.
+        num_particles: number of particles N.
+        **options: of :func:`tempered_smc`.
+
+    Returns:
+        An :class:`SMCResult`, log_z absolute.
+
+    Raises:
+        ValueError: when the target has no prior to sample from, or as
+            :func:`tempered_smc`.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, diffsamp as ds
+        >>> from diffsamp.mcmc import smc_from_prior
+        >>> def log_prior(x):
+        ...     return jax.scipy.stats.norm.logpdf(x).sum()
+        >>> def log_likelihood(x):
+        ...     return jax.scipy.stats.norm.logpdf(x, 2.0).sum()
+        >>> target = ds.Target(
+        ...     energy=lambda x: -log_prior(x) - log_likelihood(x),
+        ...     dim=1,
+        ...     log_prior=log_prior,
+        ...     log_likelihood=log_likelihood,
+        ...     sample_prior=lambda key, n: jax.random.normal(key, (n, 1)),
+        ... )
+        >>> result = smc_from_prior(jax.random.key(0), target)
+        >>> bool(abs(result.particles.mean() - 1.0) < 0.2)
+        True
+    """
+    missing = [
+        name
+        for name in ("log_prior", "log_likelihood", "sample_prior")
+        if getattr(target, name) is None
+    ]
+    if missing:
+        raise ValueError(
+            f"target {target.name!r} must have a prior to start from, got None for "
+            f"{', '.join(missing)}; use smc_from_gaussian(key, target.energy, dim)"
+        )
+    draw_key, smc_key = jax.random.split(as_key(key))
+    sample_prior = as_energy(target.sample_prior)
+    particles = _draw(sample_prior, draw_key, num_particles)
+    particles = _check_points("target.sample_prior(key, n)", particles)
+    return _smc(
+        smc_key,
+        as_energy(target.log_prior),
+        as_energy(target.log_likelihood),
+        particles,
+        **_check_smc_options(**options),
+    )
+
+
+def run_hmc(
+    key: Key,
+    energy: Energy,
+    initial_positions: Array,
+    *,
+    num_warmup: int = 200,
+    num_draws: int = 200,
+    max_tree_depth: int = 8,
+    target_acceptance: float = 0.8,
+) -> tuple[Array, HMCInfo]:
+    """Short runs of NUTS, several chains, each with its own window adaptation.
+
+    Args:
+        key: consumed; typed or raw.
+        energy: minus log-density, ``[D] -> []``.
+        initial_positions: one starting point per chain, [C, D].
+        num_warmup: adaptation steps, dropped; 0 for none (unit step size and metric
+            are then used, which is seldom wise).
+        num_draws: draws kept per chain, n.
+        max_tree_depth: a trajectory takes at most 2**max_tree_depth gradients.
+        target_acceptance: acceptance statistic that the step size is tuned to.
+
+    Returns:
+        Draws [C, n, D] and an :class:`HMCInfo`.
+
+    Raises:
+        ValueError: when initial_positions is not [C, D], energy does not map [D] to a
+            scalar, or num_draws < 1.
+
+    Sources: Hoffman, Gelman, "The No-U-Turn sampler", 2014; BlackJAX.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from diffsamp.mcmc import run_hmc
+        >>> def energy(x):
+        ...     return 0.5 * jnp.sum((x - 1.0) ** 2)
+        >>> draws, info = run_hmc(jax.random.key(0), energy, jnp.zeros((4, 2)))
+        >>> draws.shape, bool(abs(draws.mean() - 1.0) < 0.2)
+        ((4, 200, 2), True)
+    """
+    positions = _check_points("initial_positions", initial_positions)
+    energy = as_energy(energy)
+    check_energy(energy, positions.shape[1], positions.dtype)
+    if num_draws < 1 or num_warmup < 0:
+        raise ValueError(
+            "num_draws must be at least 1 and num_warmup at least 0, got "
+            f"{num_draws} and {num_warmup}"
+        )
+    return _run_hmc(
+        as_key(key),
+        energy,
+        positions,
+        num_warmup=num_warmup,
+        num_draws=num_draws,
+        max_tree_depth=max_tree_depth,
+        target_acceptance=target_acceptance,
+    )
+
+
+def multistart(
+    key: Key,
+    energy: Energy,
+    initial_positions: Array,
+    *,
+    num_optimisation_steps: int = 300,
+    num_hmc_steps: int = 50,
+    optimizer: optax.GradientTransformation | None = None,
+) -> Array:
+    """Points in the modes that can be reached downhill: optimisation, then short HMC.
+
+    Every chain minimises the energy from its own start and then forgets the exact
+    minimum by ``num_hmc_steps`` steps of NUTS, two thirds of them adaptation. The
+    points say where modes are and nothing about their weights.
+
+    Args:
+        key: consumed; typed or raw.
+        energy: minus log-density, ``[D] -> []``; gradients that are not finite are
+            ignored.
+        initial_positions: one start per chain, [C, D], e.g. prior draws.
+        num_optimisation_steps: steps of the optimiser, which works in coordinates
+            divided by the starts' standard deviation, so that units do not matter.
+        num_hmc_steps: steps of NUTS afterwards; 0 returns the optima.
+        optimizer: an Optax transformation for each chain; by default Adam, its rate
+            falling from 0.03 to 0 by a cosine (faster, momentum carries chains into
+            other modes).
+
+    Returns:
+        One point per chain, [C, D].
+
+    Raises:
+        ValueError: when initial_positions is not [C, D] or energy does not map [D] to
+            a scalar.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from diffsamp.mcmc import multistart
+        >>> def energy(x):
+        ...     return 10.0 * jnp.sum((x**2 - 1.0) ** 2)
+        >>> starts = jnp.array([[-3.0], [3.0]])
+        >>> points = multistart(jax.random.key(0), energy, starts)
+        >>> [round(float(x)) for x in points[:, 0]]
+        [-1, 1]
+    """
+    positions = _check_points("initial_positions", initial_positions)
+    energy = as_energy(energy)
+    check_energy(energy, positions.shape[1], positions.dtype)
+    if optimizer is None:
+        optimizer = _default_optimizer(num_optimisation_steps)
+    points = _optimise(energy, positions, optimizer, num_optimisation_steps)
+    if num_hmc_steps == 0:
+        return points
+    num_warmup = 2 * num_hmc_steps // 3
+    draws, _ = run_hmc(
+        key,
+        energy,
+        points,
+        num_warmup=num_warmup,
+        num_draws=num_hmc_steps - num_warmup,
+    )
+    return draws[:, -1]
+
+
+# --------------------------------------------------------------------------- SMC
+
+
+def _minus(function, x):
+    return -function(x)
+
+
+def _log_ratio(energy, reference_energy, x):
+    return reference_energy(x) - energy(x)
+
+
+def _gaussian_energy(loc, scale, x):
+    z = (x - loc) / scale
+    return jnp.sum(0.5 * z**2 + jnp.log(scale) + 0.5 * math.log(2.0 * math.pi))
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _draw(sampler, key, n):
+    return sampler(key, n)
+
+
+def _no_nan(log_density: Callable[[Array], Array]) -> Callable[[Array], Array]:
+    def safe(x):
+        value = log_density(x)
+        return jnp.where(jnp.isfinite(value), value, _NO_DENSITY)
+
+    return safe
+
+
+def _check_points(name: str, points: Array) -> Array:
+    points = jnp.asarray(points)
+    if points.ndim != 2 or not jnp.issubdtype(points.dtype, jnp.floating):
+        raise ValueError(
+            f"{name} must be floating-point of shape [number, D], got shape "
+            f"{points.shape} and dtype {points.dtype}; one row per point"
+        )
+    return points
+
+
+def _check_smc_options(
+    *,
+    num_mcmc_steps=5,
+    num_integration_steps=8,
+    target_ess=0.8,
+    target_acceptance=0.8,
+    max_iterations=100,
+):
+    counts = {
+        "num_mcmc_steps": num_mcmc_steps,
+        "num_integration_steps": num_integration_steps,
+        "max_iterations": max_iterations,
+    }
+    for name, value in counts.items():
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    fractions = {"target_ess": target_ess, "target_acceptance": target_acceptance}
+    for name, value in fractions.items():
+        if not 0.0 < value < 1.0:
+            raise ValueError(f"{name} must be between 0 and 1, got {value}")
+    return counts | fractions
+
+
+class _Loop(NamedTuple):
+    key: Key
+    smc: NamedTuple  # BlackJAX's TemperedSMCState: particles, weights, tempering_param
+    gradient_square: Array  # mean squared gradient of the tempered density, [D]
+    log_step: Array
+    log_z: Array
+    acceptance: Array
+    iteration: Array
+    is_done: Array
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=(
+        "num_mcmc_steps",
+        "num_integration_steps",
+        "target_ess",
+        "target_acceptance",
+        "max_iterations",
+    ),
+)
+def _smc(
+    key,
+    log_prior,
+    log_likelihood,
+    particles,
+    *,
+    num_mcmc_steps,
+    num_integration_steps,
+    target_ess,
+    target_acceptance,
+    max_iterations,
+) -> SMCResult:
+    """Tempers ``log_prior(x) + beta * log_likelihood(x)`` from beta = 0 to 1."""
+    import blackjax
+    from blackjax.smc import resampling, solver, tempered
+
+    log_prior, log_likelihood = _no_nan(log_prior), _no_nan(log_likelihood)
+    num_particles, dim = particles.shape
+    dtype = particles.dtype
+    tiny = float(jnp.finfo(dtype).tiny)
+    hmc_kernel = blackjax.hmc.build_kernel()
+
+    def next_beta(beta, weights, log_ratio):
+        """Where the conditional ESS of the weighted particles falls to the target."""
+        log_weight = jnp.log(weights)
+
+        def excess(delta):
+            log_ess = 2.0 * logsumexp(log_weight + delta * log_ratio)
+            log_ess -= logsumexp(log_weight + 2.0 * delta * log_ratio)
+            return log_ess - math.log(target_ess)
+
+        rest = 1.0 - beta
+        delta = solver.dichotomy(excess, jnp.zeros((), dtype), rest)
+        return jnp.where(delta < rest, beta + delta, 1.0)
+
+    def move(step_fn, log_step):
+        """An update strategy for BlackJAX: HMC that tunes its step as it goes."""
+
+        def strategy(init_fn, log_density, _, num_mcmc_steps, n_particles):
+            def update(keys, positions, _):
+                state = jax.vmap(lambda x: init_fn(x, log_density))(positions)
+
+                def body(carry, index):
+                    state, log_step = carry
+
+                    def one(key, state):
+                        # Random step sizes: no resonance with a mode's period.
+                        step_key, jitter_key = jax.random.split(
+                            jax.random.fold_in(key, index)
+                        )
+                        jitter = jax.random.uniform(
+                            jitter_key, (), dtype, minval=0.5, maxval=1.5
+                        )
+                        step_size = jitter * jnp.exp(log_step)
+                        return step_fn(step_key, state, log_density, step_size)
+
+                    state, info = jax.vmap(one)(keys, state)
+                    acceptance = jnp.mean(info.acceptance_rate)
+                    log_step += 1.5 * (acceptance - target_acceptance)
+                    return (state, log_step), acceptance
+
+                steps = jnp.arange(num_mcmc_steps)
+                (state, tuned), acceptance = jax.lax.scan(
+                    body, (state, log_step), steps
+                )
+                square = jnp.mean(_finite_square(state.logdensity_grad), 0)
+                return state.position, (tuned, jnp.mean(acceptance), square)
+
+            return update, n_particles
+
+        return strategy
+
+    def body(loop):
+        key, step_key = jax.random.split(loop.key)
+        smc = loop.smc
+        mean = smc.weights @ smc.particles
+        variance = smc.weights @ (smc.particles - mean[None]) ** 2
+        # The variance alone is that between modes; inverse squared gradients alone are
+        # the stiffest place. Their geometric mean (as in nutpie) serves both, and never
+        # exceeds the variance but for noise (Cramér-Rao).
+        inverse_mass = jnp.sqrt(variance / loop.gradient_square)
+        inverse_mass = jnp.clip(inverse_mass, 1e-8 * variance + tiny, variance + tiny)
+
+        def step_fn(key, state, log_density, step_size):
+            return hmc_kernel(
+                key, state, log_density, step_size, inverse_mass, num_integration_steps
+            )
+
+        kernel = tempered.build_kernel(
+            log_prior,
+            log_likelihood,
+            step_fn,
+            blackjax.hmc.init,
+            resampling.systematic,
+            update_strategy=move(step_fn, loop.log_step),
+        )
+        log_ratio = jax.vmap(log_likelihood)(smc.particles)
+        beta = next_beta(smc.tempering_param, smc.weights, log_ratio)
+        new, info = kernel(step_key, smc, num_mcmc_steps, beta, {})
+        log_step, acceptance, square = info.update_info
+        return _Loop(
+            key=key,
+            smc=new,
+            gradient_square=square,
+            log_step=log_step,
+            log_z=loop.log_z + info.log_likelihood_increment,
+            acceptance=acceptance,
+            iteration=loop.iteration + 1,
+            # The particles were moved at the temperature the step began with.
+            is_done=smc.tempering_param >= 1.0,
+        )
+
+    # Restrict the reference to where the target has density: particles outside get
+    # weight zero and the position of one inside, their share goes into log Z.
+    log_ratio = jax.vmap(log_likelihood)(particles)
+    inside = log_ratio > 0.1 * _NO_DENSITY
+    inside &= jax.vmap(log_prior)(particles) > 0.1 * _NO_DENSITY
+    inside &= jnp.all(jnp.isfinite(particles), 1)
+    number = jnp.sum(inside).astype(dtype)
+    one = jnp.argmax(inside)
+    particles = jnp.where(inside[:, None], particles, particles[one][None])
+    particles = jnp.nan_to_num(particles)
+    log_ratio = jnp.where(inside, log_ratio, log_ratio[one])
+    weights = inside.astype(dtype) / jnp.maximum(number, 1.0)
+    weights = jnp.where(number > 0, weights, 1.0 / num_particles)
+    beta = next_beta(jnp.zeros((), dtype), weights, log_ratio)
+    log_weight = jnp.log(weights) + beta * log_ratio
+    log_z = jnp.log(number / num_particles) + logsumexp(log_weight)
+
+    loop = _Loop(
+        key=key,
+        smc=tempered.TemperedSMCState(particles, jax.nn.softmax(log_weight), beta),
+        gradient_square=1.0 / (jnp.var(particles, 0) + tiny),  # no gradients yet
+        log_step=jnp.asarray(math.log(0.5 * dim**-0.25), dtype),
+        log_z=log_z,
+        acceptance=jnp.zeros((), dtype),
+        iteration=jnp.zeros((), jnp.int32),
+        is_done=jnp.zeros((), bool),
+    )
+    loop = jax.lax.while_loop(
+        lambda loop: ~loop.is_done & (loop.iteration < max_iterations), body, loop
+    )
+    per_iteration = num_particles * (num_mcmc_steps * num_integration_steps + 1)
+    return SMCResult(
+        particles=loop.smc.particles,
+        log_weight=jnp.full(num_particles, loop.log_z),
+        log_z=loop.log_z,
+        num_iterations=loop.iteration,
+        num_energy_evaluations=num_particles * (2 * loop.iteration + 1),
+        num_gradient_evaluations=per_iteration * loop.iteration,
+        acceptance=loop.acceptance,
+        beta=loop.smc.tempering_param,
+        # With one particle inside, none is outside: their weight is zero for good.
+        reached_target=loop.is_done & (number > 0),
+    )
+
+
+def _finite_square(gradient):
+    return jnp.where(jnp.isfinite(gradient), gradient, 0.0) ** 2
+
+
+# ------------------------------------------------------------------- HMC, optimisation
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=("num_warmup", "num_draws", "max_tree_depth", "target_acceptance"),
+)
+def _run_hmc(
+    key, energy, positions, *, num_warmup, num_draws, max_tree_depth, target_acceptance
+):
+    import blackjax
+    from blackjax.adaptation.base import get_filter_adapt_info_fn
+
+    log_density = _no_nan(Partial(_minus, energy))
+    step = blackjax.nuts.build_kernel()
+
+    def chain(key, position):
+        warmup_key, draw_key = jax.random.split(key)
+        state = blackjax.nuts.init(position, log_density)
+        parameters = {
+            "step_size": jnp.ones((), position.dtype),
+            "inverse_mass_matrix": jnp.ones_like(position),
+        }
+        num_gradients = jnp.zeros((), jnp.int32)
+        if num_warmup:
+            warmup = blackjax.window_adaptation(
+                blackjax.nuts,
+                log_density,
+                initial_step_size=0.1,
+                target_acceptance_rate=target_acceptance,
+                adaptation_info_fn=get_filter_adapt_info_fn(
+                    info_keys={"num_integration_steps"}
+                ),
+                max_num_doublings=max_tree_depth,
+            )
+            (state, parameters), adaptation = warmup.run(
+                warmup_key, position, num_steps=num_warmup
+            )
+            parameters.pop("max_num_doublings", None)
+            num_gradients += jnp.sum(adaptation.info.num_integration_steps)
+
+        def one(state, key):
+            state, info = step(
+                key,
+                state,
+                log_density,
+                **parameters,
+                max_num_doublings=max_tree_depth,
+            )
+            kept = info.acceptance_rate, info.is_divergent, info.num_integration_steps
+            return state, (state.position, kept)
+
+        keys = jax.random.split(draw_key, num_draws)
+        _, (draws, (acceptance, divergent, steps)) = jax.lax.scan(one, state, keys)
+        info = HMCInfo(
+            acceptance=jnp.mean(acceptance),
+            num_divergences=jnp.sum(divergent),
+            step_size=parameters["step_size"],
+            num_gradient_evaluations=num_gradients + jnp.sum(steps) + 1,
+        )
+        return draws, info
+
+    keys = jax.random.split(key, positions.shape[0])
+    with _standard_promotion():
+        draws, info = jax.vmap(chain)(keys, positions)
+    total = jnp.sum(info.num_gradient_evaluations)
+    return draws, info._replace(num_gradient_evaluations=total)
+
+
+@functools.cache
+def _default_optimizer(num_steps: int):
+    import optax
+
+    return optax.adam(optax.cosine_decay_schedule(0.03, max(num_steps, 1)))
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _optimise(energy, positions, optimizer, num_steps):
+    scale = jnp.std(positions, 0)
+    scale = jnp.where(scale > 0.0, scale, 1.0)
+
+    def chain(z):
+        def step(carry, _):
+            z, state = carry
+            gradient = scale * jax.grad(energy)(scale * z)
+            gradient = jnp.where(jnp.isfinite(gradient), gradient, 0.0)
+            update, state = optimizer.update(gradient, state, z)
+            return (z + update, state), None
+
+        carry, _ = jax.lax.scan(step, (z, optimizer.init(z)), length=num_steps)
+        return scale * carry[0]
+
+    with _standard_promotion():
+        return jax.vmap(chain)(positions / scale[None])
+
+
+@contextlib.contextmanager
+def _standard_promotion():
+    """BlackJAX's adaptation and Optax mix dtypes; lets them in any user's mode."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield

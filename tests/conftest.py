@@ -1,0 +1,88 @@
+"""Strict JAX for every test in this folder.
+
+* Rank promotion raises and dtype promotion is strict, including inside module-scoped
+  fixtures, so accidental broadcasting and casts are found where they happen.
+* Some dependencies promote in their own code. Optax mixes floats with its step count
+  (dtypes), Distrax' multivariate normal broadcasts (ranks), OTT does both. A test that
+  runs them says so with ``@pytest.mark.relaxed("dtypes")``, ``relaxed("ranks")`` or
+  both names, or its file is listed in `RELAXED`.
+* float32 is the default; the fixture `x64` turns on float64 within one test.
+* Progress bars are off (``CI`` is set) and no compilation cache is used.
+
+Doctests of the package are outside this folder: they run as a user's session would.
+"""
+
+import contextlib
+import os
+
+# Before JAX is imported.
+os.environ.setdefault("CI", "true")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
+
+import jax
+import numpy as np
+import pytest
+
+SEED = 0
+
+# Files whose tests run a dependency that promotes by itself.
+RELAXED = {
+    "test_behaviours.py": {"dtypes"},  # Optax, through fit
+    "test_checkpoint.py": {"dtypes"},
+    "test_docs.py": {"dtypes"},
+    "test_drawing.py": {"dtypes"},
+    "test_evaluation.py": {"dtypes", "ranks"},  # Optax and OTT
+    "test_experiments.py": {"dtypes", "ranks"},
+    "test_metrics.py": {"dtypes", "ranks"},  # OTT
+    "test_objectives.py": {"dtypes"},
+    "test_training.py": {"dtypes"},
+}
+
+
+def _relaxed(item) -> set[str]:
+    names = set(RELAXED.get(item.path.name, ()))
+    for mark in item.iter_markers("relaxed"):
+        names |= set(mark.args)
+    if unknown := names - {"dtypes", "ranks"}:
+        raise pytest.UsageError(f"relaxed() knows 'dtypes' and 'ranks', got {unknown}")
+    return names
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_protocol(item):
+    """Wraps setup (so fixtures of any scope), call and teardown of each test."""
+    relaxed = _relaxed(item)
+    ranks = "allow" if "ranks" in relaxed else "raise"
+    dtypes = "standard" if "dtypes" in relaxed else "strict"
+    with jax.numpy_rank_promotion(ranks), jax.numpy_dtype_promotion(dtypes):
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    """The library takes keys; NumPy's global state is only for careless callees."""
+    np.random.seed(SEED)  # noqa: NPY002
+
+
+@pytest.fixture
+def key():
+    """A typed PRNG key, the same in every test."""
+    return jax.random.key(SEED)
+
+
+@contextlib.contextmanager
+def _x64_enabled():
+    before = jax.config.jax_enable_x64
+    jax.config.update("jax_enable_x64", True)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_x64", before)
+
+
+@pytest.fixture
+def x64():
+    """float64 within one test; request it first, before other fixtures make arrays."""
+    with _x64_enabled():
+        yield

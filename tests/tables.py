@@ -1,0 +1,144 @@
+"""Constructors of every sampler, objective and behaviour, read by the shared tests.
+
+Adding a method to the library means adding one line to a table here. Every value can be
+called without arguments; the samplers also take keyword arguments that override what is
+written here. Networks are tiny, so that compiling them is what a test costs.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import diffsamp as ds
+
+SMALL = {"width": 8, "depth": 1}
+REFERENCE = {"dim": 2, "num_steps": 4, "loc": (0.4, -0.3), "scale": (1.8, 1.5)}
+
+
+def _sampler(factory, **networks):
+    return functools.partial(factory, **REFERENCE, **networks)
+
+
+SAMPLERS = {
+    "pis": _sampler(ds.samplers.pis, network=ds.networks.score_guided(**SMALL)),
+    "dds": _sampler(ds.samplers.dds, network=ds.networks.score_guided(**SMALL)),
+    "dis": _sampler(ds.samplers.dis, network=ds.networks.annealed_score_guided(**SMALL)),
+    "dis_free": _sampler(ds.samplers.dis, network=ds.networks.free(**SMALL)),
+    "gbs": _sampler(
+        ds.samplers.gbs,
+        diffusion=0.6,
+        network=ds.networks.annealed_score_guided(**SMALL, offset=0.0),
+        destruction_network=ds.networks.reference_guided(**SMALL),
+    ),
+}
+
+# Samplers that differ from another one by their network alone: left out where only the
+# process matters.
+VARIANTS = {"dis_free"}
+PROCESSES = [name for name in SAMPLERS if name not in VARIANTS]
+
+OBJECTIVES = {
+    "reverse_kl": ds.objectives.reverse_kl,
+    "reverse_kl_log_derivative": ds.objectives.reverse_kl_log_derivative,
+    "log_variance": ds.objectives.log_variance,
+    "trajectory_balance": ds.objectives.trajectory_balance,
+    "forward_kl": ds.objectives.forward_kl,
+    "forward_kl_draws": lambda: ds.objectives.forward_kl(skewed_draws()),
+    "weighted_sum": lambda: ds.objectives.weighted_sum(
+        (ds.objectives.log_variance(), 0.5), (ds.objectives.trajectory_balance(), 0.5)
+    ),
+}
+
+BEHAVIOURS = {
+    "on_policy": ds.behaviours.on_policy,
+    "exploration": lambda: ds.behaviours.exploration(0.2),
+    "replay": lambda: ds.behaviours.replay(capacity=256),
+    "reference_draws": lambda: ds.behaviours.reference_draws(skewed_draws()),
+    "smc_seeded": lambda: ds.behaviours.smc_seeded(64, every=2, num_mcmc_steps=2),
+    "mixture": lambda: ds.behaviours.mixture(
+        (ds.behaviours.on_policy(), 0.5), (ds.behaviours.replay(256), 0.5)
+    ),
+}
+
+NETWORKS = {
+    "free": functools.partial(ds.networks.free, **SMALL),
+    "score_guided": functools.partial(ds.networks.score_guided, **SMALL),
+    "annealed_score_guided": functools.partial(
+        ds.networks.annealed_score_guided, **SMALL
+    ),
+    "reference_guided": functools.partial(ds.networks.reference_guided, **SMALL),
+}
+
+NOISE_SCHEDULES = {
+    "geometric": ds.schedules.geometric,
+    "cosine": ds.schedules.cosine,
+    "linear": ds.schedules.linear,
+    "cosine_power": ds.schedules.cosine_power,
+}
+
+
+# A target that is shifted, skewed and wider in one coordinate than in the other:
+# symmetric targets hide errors of sign and of time direction.
+WEIGHTS = np.array([0.6, 0.3, 0.1])
+MEANS = np.array([[0.8, -0.6], [1.8, 0.4], [-0.7, -1.2]])
+STDS = np.array([[0.5, 0.9], [0.8, 0.4], [0.6, 0.5]])
+LOG_Z = 0.7
+
+
+def skewed_energy(x):
+    """Minus the log of exp(LOG_Z) times a mixture of Gaussians; x of shape [1] or [2]."""
+    dim = x.shape[0]
+    means, stds = (np.asarray(v[:, :dim], x.dtype) for v in (MEANS, STDS))
+    z = (x[None] - means) / stds
+    log_component = -0.5 * jnp.sum(z**2 + np.log(2 * np.pi * stds**2), axis=-1)
+    return -jax.nn.logsumexp(log_component + np.log(WEIGHTS).astype(x.dtype)) - LOG_Z
+
+
+def sample_skewed(key, n, dim=2):
+    """Exact draws, [n, dim]."""
+    pick, noise = jax.random.split(key)
+    component = jax.random.categorical(pick, jnp.log(jnp.asarray(WEIGHTS)), shape=(n,))
+    means, stds = (jnp.asarray(v[:, :dim]) for v in (MEANS, STDS))
+    return means[component] + stds[component] * jax.random.normal(noise, (n, dim))
+
+
+def skewed_draws():
+    return sample_skewed(jax.random.key(100), 512)
+
+
+CENTRE = np.array([0.9, -0.4])
+
+
+def scaled_energy(factor, x):
+    """`skewed_energy` stretched about CENTRE by ``factor`` []; the same log Z."""
+    centre = CENTRE[: x.shape[0]].astype(x.dtype)
+    return skewed_energy(centre + (x - centre) / factor) + x.shape[0] * jnp.log(factor)
+
+
+def sample_scaled(factor, key, n):
+    """Exact draws of `scaled_energy` in two dimensions, [n, 2]."""
+    centre = jnp.asarray(CENTRE)[None]
+    return centre + factor * (sample_skewed(key, n) - centre)
+
+
+def shifted_energy(data, x):
+    """``jax.tree_util.Partial(shifted_energy, data)``: an energy with data [D]."""
+    return 0.5 * jnp.sum((x - data) ** 2)
+
+
+def conditional_energy(x, condition):
+    """A Gaussian whose mean is the first D entries of the condition."""
+    return 0.5 * jnp.sum((x - condition[: x.shape[0]]) ** 2)
+
+
+def perturbed(params, scale, seed=1):
+    """Parameters moved at random, so that no factor or sign hides behind a zero."""
+    rng = np.random.default_rng(seed)
+
+    def move(leaf):
+        noise = scale * rng.standard_normal(leaf.shape)
+        return jnp.asarray(np.asarray(leaf) + noise, leaf.dtype)
+
+    return jax.tree.map(move, params)
