@@ -7,6 +7,7 @@ from diffsamp import mcmc as mcmc
 from diffsamp import metrics as metrics
 from diffsamp import networks as networks
 from diffsamp import objectives as objectives
+from diffsamp import plotting as plotting
 from diffsamp import probes as probes
 from diffsamp import processes as processes
 from diffsamp import samplers as samplers
@@ -28,6 +29,8 @@ from diffsamp.standardise import prior_draws as prior_draws
 from diffsamp.standardise import reference_from as reference_from
 from diffsamp.standardise import short_mcmc as short_mcmc
 from diffsamp.standardise import standardise as standardise
+from diffsamp.summary import summary as summary
+from diffsamp.summary import verdict_lines as verdict_lines
 from diffsamp.training import FitResult as FitResult
 from diffsamp.training import TrainingDiverged as TrainingDiverged
 from diffsamp.training import TrainState as TrainState
@@ -83,6 +86,7 @@ __all__ = [
     "networks",
     "objectives",
     "param_labels",
+    "plotting",
     "prior_draws",
     "probes",
     "processes",
@@ -92,6 +96,8 @@ __all__ = [
     "schedules",
     "short_mcmc",
     "standardise",
+    "summary",
     "targets",
     "training",
+    "verdict_lines",
 ]

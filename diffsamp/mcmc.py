@@ -12,7 +12,7 @@ import contextlib
 import functools
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -245,24 +245,22 @@ def smc_from_prior(
         >>> bool(abs(result.particles.mean() - 1.0) < 0.2)
         True
     """
-    missing = [
-        name
-        for name in ("log_prior", "log_likelihood", "sample_prior")
-        if getattr(target, name) is None
-    ]
+    names = ("log_prior", "log_likelihood", "sample_prior")
+    parts = tuple(getattr(target, name) for name in names)
+    missing = [name for name, part in zip(names, parts) if part is None]
     if missing:
         raise ValueError(
             f"target {target.name!r} must have a prior to start from, got None for "
             f"{', '.join(missing)}; use smc_from_gaussian(key, target.energy, dim)"
         )
     draw_key, smc_key = jax.random.split(as_key(key))
-    sample_prior = as_energy(target.sample_prior)
+    log_prior, log_likelihood, sample_prior = map(as_energy, parts)
     particles = _draw(sample_prior, draw_key, num_particles)
     particles = _check_points("target.sample_prior(key, n)", particles)
     return _smc(
         smc_key,
-        as_energy(target.log_prior),
-        as_energy(target.log_likelihood),
+        log_prior,
+        log_likelihood,
         particles,
         **_check_smc_options(**options),
     )
@@ -454,7 +452,7 @@ def _check_smc_options(
 
 class _Loop(NamedTuple):
     key: Key
-    smc: NamedTuple  # BlackJAX's TemperedSMCState: particles, weights, tempering_param
+    smc: Any  # BlackJAX's TemperedSMCState: particles, weights, tempering_param
     gradient_square: Array  # mean squared gradient of the tempered density, [D]
     log_step: Array
     log_z: Array
@@ -669,8 +667,11 @@ def _run_hmc(
                 ),
                 max_num_doublings=max_tree_depth,
             )
+            # BlackJAX's protocol class leaves num_steps out.
             (state, parameters), adaptation = warmup.run(
-                warmup_key, position, num_steps=num_warmup
+                warmup_key,
+                position,
+                num_steps=num_warmup,  # pyright: ignore[reportCallIssue]
             )
             parameters.pop("max_num_doublings", None)
             num_gradients += jnp.sum(adaptation.info.num_integration_steps)

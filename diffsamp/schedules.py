@@ -53,9 +53,8 @@ class CosineNoise:
     floor: float
 
     def signal(self, t: np.ndarray) -> np.ndarray:
-        return np.maximum(
-            np.sin(0.5 * np.pi * np.asarray(t, np.float64)) ** 2, self.floor
-        )
+        share = np.sin(0.5 * np.pi * np.asarray(t, np.float64)) ** 2
+        return self.floor + (1 - self.floor) * share  # strictly increasing
 
 
 @dataclasses.dataclass(frozen=True)

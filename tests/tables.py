@@ -32,11 +32,17 @@ SAMPLERS = {
         network=ds.networks.annealed_score_guided(**SMALL, offset=0.0),
         destruction_network=ds.networks.reference_guided(**SMALL),
     ),
+    "gbs_variance": _sampler(
+        ds.samplers.gbs,
+        diffusion=0.6,
+        network=ds.networks.free(**SMALL, learn_variance=True),
+        destruction_network=ds.networks.free(**SMALL, learn_variance=True),
+    ),
 }
 
 # Samplers that differ from another one by their network alone: left out where only the
 # process matters.
-VARIANTS = {"dis_free"}
+VARIANTS = {"dis_free", "gbs_variance"}
 PROCESSES = [name for name in SAMPLERS if name not in VARIANTS]
 
 OBJECTIVES = {

@@ -52,7 +52,7 @@ def test_every_way_to_the_log_weight_agrees(x64, key, name):
 
 
 @pytest.mark.parametrize("num_steps", [1, 2])
-@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("name", [*PROCESSES, "gbs_variance"])
 def test_quadrature_over_all_paths(x64, key, name, num_steps):
     """Both path densities, integrated over a grid of paths, give 1 and Z.
 
@@ -142,7 +142,9 @@ def _assert_mean_is_one(log_ratio):
     assert abs(ratio.mean() - 1.0) < 4 * standard_error
 
 
-@pytest.mark.parametrize("num_steps", [1, 2, 5, 100])
+@pytest.mark.parametrize(
+    "num_steps", [1, pytest.param(2, marks=pytest.mark.slow), 5, 100]
+)
 @pytest.mark.parametrize("name", PROCESSES)
 def test_mean_weight_is_z(name, num_steps):
     log_weight = _generated(name, num_steps)
@@ -277,7 +279,7 @@ def _optimal_log_weights(name, num_steps, mean):
         keys = jax.random.split(key, 4096)
         return jax.vmap(lambda k: sampler.final(params, k, energy).log_weight)(keys)
 
-    return log_weights(jax.random.key(1), mean)
+    return np.asarray(log_weights(jax.random.key(1), mean), np.float64)
 
 
 @pytest.mark.parametrize("name", OPTIMAL)

@@ -174,7 +174,7 @@ def target_from_model(
     model_kwargs = {} if model_kwargs is None else dict(model_kwargs)
     model_args = tuple(model_args)
     info, start = _initialize(key, model, init_strategy, model_args, model_kwargs)
-    name = getattr(model, "__name__", "model") if name is None else name
+    name = str(getattr(model, "__name__", "model")) if name is None else name
     if not start:
         raise RuntimeError(
             f"model {name!r} has no continuous latent site, so there is nothing to "
@@ -415,7 +415,8 @@ def _no_nan(log_density: Array) -> Array:
 def _log_prior(program: _Program, data: tuple, x: Array) -> Array:
     prior = _prior_sites(program)
     log_probs = _site_log_probs(program, data, x)
-    return _no_nan(sum(v for site, v in log_probs.items() if site in prior))
+    zero = jnp.zeros((), x.dtype)
+    return _no_nan(sum((v for s, v in log_probs.items() if s in prior), zero))
 
 
 @_compiled

@@ -40,7 +40,8 @@ def model(y: Array, num_components: int = 3):
     sigma = numpyro.sample(
         "sigma", dist.LogNormal(math.log(2.0) * ones, 0.5).to_event(1)
     )
-    parts = jnp.log(w)[None] + dist.Normal(mu[None], sigma[None]).log_prob(y[:, None])
+    mu, sigma = jnp.expand_dims(mu, 0), jnp.expand_dims(sigma, 0)
+    parts = jnp.log(w)[None] + dist.Normal(mu, sigma).log_prob(y[:, None])
     numpyro.factor("obs", jax.nn.logsumexp(parts, axis=-1).sum())
 
 

@@ -36,7 +36,7 @@ def model(t: Array, y: Array, noise: float):
     freq = numpyro.sample("freq", dist.Uniform(_LOW, _HIGH).expand([2]).to_event(1))
     a = numpyro.sample("a", dist.Normal(0.0, 1.5).expand([2]).to_event(1))
     b = numpyro.sample("b", dist.Normal(0.0, 1.5).expand([2]).to_event(1))
-    phase = 2.0 * jnp.pi * t[:, None] * freq[None]
+    phase = 2.0 * jnp.pi * t[:, None] * jnp.expand_dims(freq, 0)
     signal = jnp.cos(phase) @ a + jnp.sin(phase) @ b
     numpyro.sample("obs", dist.Normal(signal, noise), obs=y)
 
