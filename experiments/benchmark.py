@@ -1,0 +1,305 @@
+"""Quality of the samplers on targets with known answers, beside tempered SMC.
+
+    python experiments/benchmark.py run --seconds 240 --seeds 0 1 2
+    python experiments/benchmark.py table
+
+`run` appends one JSON line per cell (target, method, seed) to --out and skips cells that
+are already there, so it can be stopped and started again. `table` writes the Markdown
+table of the docs from those lines: mean and worst over seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import diffsamp as ds
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "distrax", "blackjax", "numpyro")
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One target and how its sampler is set up; chosen on seeds 100 and above."""
+
+    target: str
+    scale: float
+    smallest_scale: float
+    num_steps: int
+
+
+CELLS = (
+    Cell("gmm9", scale=3.0, smallest_scale=0.18, num_steps=128),
+    Cell("funnel_easy", scale=1.5, smallest_scale=0.1, num_steps=64),
+    Cell("mw54", scale=2.0, smallest_scale=0.09, num_steps=64),
+    Cell("funnel_hard", scale=3.0, smallest_scale=0.05, num_steps=64),
+    Cell("gmm25", scale=7.0, smallest_scale=0.08, num_steps=64),
+)
+METHODS = ("on_policy", "seeded", "smc")
+BATCH_SIZE = 256
+LEARNING_RATE = 2e-3
+NUM_PARTICLES = 2_048
+NUM_REPEATS = 10
+
+
+def make_sampler(cell, dim):
+    return ds.samplers.dis(
+        dim=dim,
+        num_steps=cell.num_steps,
+        scale=cell.scale,
+        schedule=ds.schedules.geometric(cell.smallest_scale),
+        learn_generation_variance=True,
+    )
+
+
+def make_behaviour(method):
+    on_policy = ds.behaviours.on_policy()
+    if method == "on_policy":
+        return on_policy
+    return ds.behaviours.mixture(
+        (on_policy, 0.5),
+        (ds.behaviours.replay(20_000), 0.25),
+        (ds.behaviours.smc_seeded(NUM_PARTICLES), 0.25),
+    )
+
+
+def run_sampler(cell, method, seed, args):
+    """Trains and evaluates one sampler; a flat dict of numbers."""
+    target = ds.targets.by_name(cell.target)
+    sampler = make_sampler(cell, target.dim)
+    key = jax.random.key(seed)
+    fit = ds.fit(
+        jax.random.fold_in(key, 0),
+        sampler,
+        ds.objectives.log_variance(),
+        target.energy,
+        behaviour=make_behaviour(method),
+        optimizer=optax.adam(LEARNING_RATE),
+        anneal=ds.schedules.cosine_anneal,
+        batch_size=BATCH_SIZE,
+        max_seconds=args.seconds,
+        progress_bar=False,
+    )
+    result = ds.evaluate(
+        jax.random.fold_in(key, 1),
+        sampler,
+        fit.params,
+        target,
+        num_draws=args.num_draws,
+        sinkhorn=False,
+    )
+    draws = ds.draw(
+        jax.random.fold_in(key, 2), sampler, fit.params, target.energy, args.num_draws
+    )
+    points = draws.resample(jax.random.fold_in(key, 3), args.num_draws)
+    numbers = ("log_z", "log_z_error", "log_z_standard_error", "elbo_gap", "eubo_gap")
+    numbers += ("log_z_forward", "ess", "forward_ess", "pareto_k", "verdict")
+    numbers += ("mode_tv", "mode_tv_floor", "mode_tv_unweighted")
+    found = {name: result[name] for name in numbers if name in result}
+    return {
+        **found,
+        **distances(jax.random.fold_in(key, 4), target, points, args),
+        "num_updates": len(fit.metrics["loss"]),
+        "num_skipped": fit.num_skipped,
+        "gradient_evaluations": fit.num_gradient_evaluations,
+        "network_evaluations": fit.num_network_evaluations,
+        "seconds": fit.seconds,
+        "compile_seconds": fit.compile_seconds,
+    }
+
+
+def run_smc(cell, seed, args):
+    """Independent tempered SMC runs until the same wall time is spent, combined.
+
+    Runs are weighted by their estimates of Z, which keeps the combined one unbiased.
+    """
+    target = ds.targets.by_name(cell.target)
+    key, begin = jax.random.key(seed), time.perf_counter()
+    particles, log_weights, log_zs, gradients = [], [], [], 0
+    while not log_zs or time.perf_counter() - begin < args.seconds:
+        result = ds.mcmc.smc_from_gaussian(
+            jax.random.fold_in(key, len(log_zs)),
+            target.energy,
+            target.dim,
+            scale=2 * cell.scale,
+            num_particles=NUM_PARTICLES,
+        )
+        log_zs.append(float(result.log_z))
+        gradients += int(result.num_gradient_evaluations)
+        particles.append(np.asarray(result.particles))
+        log_weight = np.asarray(jax.nn.log_softmax(result.log_weight))
+        log_weights.append(log_weight + log_zs[-1])
+    x, log_weight = np.concatenate(particles), np.concatenate(log_weights)
+    log_z = float(ds.evidence.log_mean_exp(jnp.asarray(log_zs)))
+    relative = np.exp(np.array(log_zs) - log_z)
+    out = {
+        "log_z": log_z,
+        "log_z_error": log_z - target.log_z,
+        "log_z_standard_error": float(relative.std() / np.sqrt(len(relative))),
+        "num_runs": len(log_zs),
+        "gradient_evaluations": gradients,
+        "network_evaluations": 0,
+        "seconds": time.perf_counter() - begin,
+    }
+    if target.modes is not None:
+        weights = ds.metrics.mode_weights(x, target.modes, log_weight)
+        out["mode_tv"] = ds.metrics.total_variation(weights, target.modes.weights)
+    weights = np.exp(log_weight - log_weight.max())
+    pick = np.random.default_rng(seed).choice(
+        len(x), args.num_draws, p=weights / weights.sum()
+    )
+    return out | distances(jax.random.fold_in(key, 2**31), target, x[pick], args)
+
+
+def distances(key, target, points, args):
+    """W2 on disjoint sets of 2,000 points beside its floor, averaged over repeats.
+
+    One pair of sets is not enough: mode counts alone move W2 by tens of per cent.
+    """
+    size = min(2_000, args.num_draws // NUM_REPEATS)
+    found, floor = [], []
+    for repeat in range(NUM_REPEATS):
+        keys = jax.random.split(jax.random.fold_in(key, repeat), 2)
+        a, b = (np.asarray(target.sample(k, size)) for k in keys)
+        part = points[repeat * size : (repeat + 1) * size]
+        found.append(ds.metrics.wasserstein2(part, a))
+        floor.append(ds.metrics.wasserstein2(b, a))
+    return {
+        "w2": float(np.mean(found)),
+        "w2_floor": float(np.mean(floor)),
+        "w2_points": size,
+        "w2_ratio_se": float(np.std(np.array(found) - floor) / np.sqrt(NUM_REPEATS))
+        / float(np.mean(floor)),
+    }
+
+
+def run(args):
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    done = {(r["target"], r["method"], r["seed"]) for r in read(args.out)}
+    for seed in args.seeds:
+        for cell in CELLS:
+            for method in METHODS:
+                wanted = cell.target in args.targets and method in args.methods
+                if not wanted or (cell.target, method, seed) in done:
+                    continue
+                smc = method == "smc"
+                found = (
+                    run_smc(cell, seed, args)
+                    if smc
+                    else run_sampler(cell, method, seed, args)
+                )
+                row = {
+                    "target": cell.target,
+                    "method": method,
+                    "seed": seed,
+                    "num_steps": cell.num_steps,
+                    "num_draws": args.num_draws,
+                    **found,
+                    **environment(),
+                }
+                with open(args.out, "a") as file:
+                    file.write(json.dumps(row, default=float) + "\n")
+                print(cell.target, method, seed, found, flush=True)
+
+
+def environment():
+    return {
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "python": platform.python_version(),
+        "device": f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores",
+    }
+
+
+def read(path):
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+COLUMNS = (
+    ("log Z error", "log_z_error", "{:+.4f}", abs),
+    ("ELBO gap", "elbo_gap", "{:.3f}", float),
+    ("EUBO gap", "eubo_gap", "{:.3f}", float),
+    ("ESS", "ess", "{:.3f}", lambda v: -v),
+    ("k-hat", "pareto_k", "{:.2f}", float),
+    ("mode TV", "mode_tv", "{:.3f}", float),
+    ("W2 / floor", "w2_ratio", "{:.3f}", lambda v: abs(v - 1)),
+    ("seconds", "seconds", "{:.0f}", float),
+    ("energy gradients", "gradient_evaluations", "{:.2e}", float),
+    ("network calls", "network_evaluations", "{:.2e}", float),
+)
+
+
+def table(args):
+    rows = read(args.out)
+    for row in rows:
+        row["w2_ratio"] = row["w2"] / row["w2_floor"]
+    lines = ["| target | method | seeds | " + " | ".join(c[0] for c in COLUMNS) + " |"]
+    lines.append("| --- " * (len(COLUMNS) + 3) + "|")
+    for cell in CELLS:
+        for method in METHODS:
+            own = [
+                r for r in rows if (r["target"], r["method"]) == (cell.target, method)
+            ]
+            if own:
+                cells = " | ".join(summarise(own, *column[1:]) for column in COLUMNS)
+                lines.append(f"| {cell.target} | {method} | {len(own)} | {cells} |")
+    verdicts = [
+        f"* {r['target']}, {r['method']}, seed {r['seed']}: {r['verdict']}"
+        for r in rows
+        if "verdict" in r
+    ]
+    first = rows[0]
+    note = (
+        f"Mean (worst) over seeds, {first['num_draws']:,} draws, {first['device']}, "
+        f"Python {first['python']}, "
+        + ", ".join(f"{k} {v}" for k, v in first["versions"].items())
+        + f". W2 is the mean over {NUM_REPEATS} disjoint sets of "
+        f"{first['w2_points']:,} points."
+    )
+    print("\n".join([*lines, "", note, "", "Verdicts:", "", *verdicts]))
+
+
+def summarise(rows, name, form, badness):
+    values = [r[name] for r in rows if r.get(name) is not None]
+    if not values:
+        return "-"
+    mean = form.format(float(np.mean(values)))
+    return f"{mean} ({form.format(max(values, key=badness))})"
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    default = pathlib.Path("outputs/benchmark.jsonl")
+    names = [cell.target for cell in CELLS]
+    commands = parser.add_subparsers(required=True)
+    runner = commands.add_parser("run")
+    runner.add_argument("--seconds", type=float, default=240.0, help="per cell")
+    runner.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    runner.add_argument("--num-draws", type=int, default=20_000)
+    runner.add_argument("--targets", nargs="+", choices=names, default=names)
+    runner.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
+    runner.add_argument("--out", type=pathlib.Path, default=default)
+    runner.set_defaults(do=run)
+    printer = commands.add_parser("table")
+    printer.add_argument("--out", type=pathlib.Path, default=default)
+    printer.set_defaults(do=table)
+    args = parser.parse_args()
+    args.do(args)
+
+
+if __name__ == "__main__":
+    main()
