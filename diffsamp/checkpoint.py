@@ -1,7 +1,7 @@
 """Files: trained samplers and training checkpoints.
 
-One file holds a magic line, a JSON header of stated length and a msgpack payload made by
-`flax.serialization`, whose SHA-256 is in the header. Files are written beside their
+One file holds a magic line, a JSON header of stated length and a msgpack payload made
+by `flax.serialization`, whose SHA-256 is in the header. Files are written beside their
 place and renamed into it, so that a killed process leaves the old file or the new one.
 Nothing is unpickled: a file is data, and classes come from a fixed table.
 """
@@ -99,15 +99,14 @@ def load(
             f"{path} holds {header.get('kind')!r}, not a sampler; pass a training "
             "checkpoint to fit(..., checkpoint=path)"
         )
-    if sampler is None:
-        if header["sampler"] is None:
-            raise CheckpointError(
-                f"{path} holds parameters of a sampler with a control of your own; "
-                "build that sampler and call load(path, sampler=sampler)"
-            )
-        sampler = _decode(header["sampler"])
-    template = jax.eval_shape(sampler.init, jax.random.key(0))
-    return sampler, restore(template, payload, path)
+    if sampler is None and header["sampler"] is None:
+        raise CheckpointError(
+            f"{path} holds parameters of a sampler with a control of your own; "
+            "build that sampler and call load(path, sampler=sampler)"
+        )
+    loaded = _decode(header["sampler"]) if sampler is None else sampler
+    template = jax.eval_shape(loaded.init, jax.random.key(0))
+    return loaded, restore(template, payload, path)
 
 
 def write(path: str | os.PathLike, header: dict, tree: PyTree) -> None:

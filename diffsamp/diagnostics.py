@@ -412,7 +412,8 @@ def verdict(
       more than 1 % of the weights are not numbers, or the probe found missing mass;
     * ``"reweight (coverage unchecked)"``, exactly, where all is well but no independent
       probe was made; ``"reweight (...)"`` where the probe is too small to exclude a
-      missing mass of 10 %, or a few weights are not numbers;
+      missing mass of 10 %, shows a smaller one beyond noise, or a few weights are not
+      numbers;
     * ``"trust"`` otherwise, with a note to use the weights where the ESS asks for it.
 
     Args:
@@ -474,6 +475,12 @@ def verdict(
             "reweight (coverage unchecked: probe or draws too few to exclude a missing "
             f"mass of {MISSING_MASS_LIMIT:.0%}, the upper limit is "
             f"{coverage.upper:.0%}; take 1,000 effective points of each)"
+        )
+    if coverage.missing_mass > coverage.tolerance:
+        return (
+            f"reweight (the probe shows about {coverage.missing_mass:.1%} of the mass "
+            "under-represented, more than noise explains: log Z may be low by as much, "
+            "beyond its standard error)"
         )
     if num_nonfinite:
         return f"reweight ({count} weights are NaN and were given zero weight)"

@@ -13,7 +13,7 @@ from diffsamp import diagnostics as judging
 from diffsamp.diagnostics import Diagnostics
 from diffsamp.energies import as_energy, as_key, check_energy
 from diffsamp.sampler import Sampler
-from diffsamp.types import Array, Energy, Key, LogEvidence, Params
+from diffsamp.types import ArrayLike, Energy, Key, LogEvidence, Params
 
 
 class Draws(NamedTuple):
@@ -74,7 +74,7 @@ def draw(
     energy: Energy,
     num_draws: int = 1_000,
     *,
-    probe: probes.Probe | Array | None = None,
+    probe: probes.Probe | ArrayLike | None = None,
     batch_size: int = batching.BATCH,
 ) -> Draws:
     """Draws weighted points and judges them.
@@ -117,7 +117,7 @@ def draw(
     final = batching.draw_final(key, sampler, params, energy, num_draws, batch_size)
     price = sampler.evaluations_per_path
     counts = [num_draws * p for p in price]
-    probe_log_weight = probe_weights = None
+    probe_log_weight = probe_weights = target_log_weight = None
     if probe is not None:
         probe = probe if isinstance(probe, probes.Probe) else probes.given(probe)
         probe_log_weight = log_weights_of(
@@ -129,6 +129,8 @@ def draw(
             batch_size,
         )
         probe_weights = probe.weights
+        if probe.target_draws:
+            target_log_weight = probe_log_weight
         counts = [c + len(probe.x) * p for c, p in zip(counts, price, strict=True)]
         counts[0] += probe.num_energy_evaluations
         counts[1] += probe.num_gradient_evaluations
@@ -141,10 +143,14 @@ def draw(
         num_network_evaluations=counts[2],
     )
     return Draws(
-        x=final.x,
-        log_weight=final.log_weight,
-        energy=final.energy,
-        log_evidence=evidence.log_evidence(final.log_weight, pareto_k=report.pareto_k),
+        x=np.asarray(final.x),
+        log_weight=np.asarray(final.log_weight),
+        energy=np.asarray(final.energy),
+        log_evidence=evidence.log_evidence(
+            final.log_weight,
+            target_log_weight=target_log_weight,
+            pareto_k=report.pareto_k,
+        ),
         diagnostics=report,
     )
 
@@ -154,7 +160,7 @@ def log_weights_of(
     sampler: Sampler,
     params: Params,
     energy: Energy,
-    x: Array,
+    x: ArrayLike,
     batch_size: int = batching.BATCH,
 ) -> np.ndarray:
     """Log-weights of paths traced back from given points.

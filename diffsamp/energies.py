@@ -13,19 +13,20 @@ from diffsamp.types import Array, Energy, Key
 
 
 def as_key(key: Any) -> Key:
-    """Accepts typed keys and raw uint32 keys of shape [2]; returns a typed key.
+    """Accepts one typed key or one raw uint32 key of shape [2]; returns a typed key.
 
     Raises:
         ValueError: when it is neither.
     """
-    if isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        return key
     shape, dtype = getattr(key, "shape", None), getattr(key, "dtype", None)
-    if dtype == jnp.uint32 and shape and shape[-1] == 2:
+    if isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        if shape == ():
+            return key
+    elif dtype == jnp.uint32 and shape == (2,):
         return jax.random.wrap_key_data(jnp.asarray(key), impl="threefry2x32")
     raise ValueError(
-        "key must be jax.random.key(seed) or a raw uint32 key of shape [2], got "
-        f"{type(key).__name__} of dtype {dtype} and shape {shape}"
+        "key must be one jax.random.key(seed) or one raw uint32 key of shape [2]; vmap "
+        f"over several. Got {type(key).__name__} of dtype {dtype} and shape {shape}"
     )
 
 

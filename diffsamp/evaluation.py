@@ -26,10 +26,10 @@ def evaluate(
 ) -> dict[str, Any]:
     """Every measure of quality that the target allows, each beside its floor.
 
-    Distances are between ``num_draws`` points (at most 2,000) resampled by weight and as
-    many exact draws; ``*_unweighted`` uses the raw draws. The floor is the same distance
-    between two independent sets of exact draws: a value below it is as wrong as one far
-    above.
+    Distances are between ``num_draws`` points (at most 2,000) resampled by weight and
+    as many exact draws; ``*_unweighted`` uses the raw draws. The floor is the same
+    distance between two independent sets of exact draws: a value below it is as wrong
+    as one far above.
 
     Args:
         key: random key; consumed.
@@ -49,17 +49,21 @@ def evaluate(
         and their floors; with known modes ``mode_weights``, ``mode_tv``; with a known
         log Z ``log_z_error``, ``elbo_gap``, ``eubo_gap``.
 
+    Raises:
+        ValueError: when num_draws or batch_size is below 1.
+
     Example:
         >>> import jax, diffsamp as ds
         >>> target = ds.targets.gmm9()
         >>> sampler = ds.samplers.dis(dim=2, num_steps=4, scale=4.0)
         >>> params = sampler.init(jax.random.key(0))
-        >>> report = ds.evaluate(
-        ...     jax.random.key(1), sampler, params, target, num_draws=256, sinkhorn=False
-        ... )
+        >>> options = {"num_draws": 256, "sinkhorn": False}
+        >>> report = ds.evaluate(jax.random.key(1), sampler, params, target, **options)
         >>> report["elbo"] < report["eubo"]
         True
     """
+    if num_draws < 1:
+        raise ValueError(f"num_draws must be at least 1, got {num_draws}")
     for_draws, for_exact, for_trace, for_resampling = jax.random.split(as_key(key), 4)
     exact = _exact_sets(for_exact, target, num_draws, reference_draws)
     probe = None if exact is None else probes.given(exact[0])
@@ -90,9 +94,10 @@ def evaluate(
         out["log_z_error"] = out["log_z"] - target.log_z
         out["elbo_gap"] = target.log_z - out["elbo"]
     equal, usable_log_weight = draws.x, None  # unweighted where no weight is usable
-    if np.isfinite(np.nanmax(draws.log_weight, initial=-np.inf)):
+    log_weight = draws.log_weight
+    if log_weight is not None and np.isfinite(np.nanmax(log_weight, initial=-np.inf)):
         equal = draws.resample(for_resampling, num_draws)
-        usable_log_weight = draws.log_weight
+        usable_log_weight = log_weight
     out["mean"], out["sd"] = metrics.moments(draws.x, usable_log_weight)
     if target.modes is not None:
         weights = metrics.mode_weights(draws.x, target.modes, usable_log_weight)

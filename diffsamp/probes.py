@@ -15,7 +15,7 @@ import numpy as np
 
 from diffsamp import mcmc
 from diffsamp.energies import as_energy, as_key
-from diffsamp.types import Array, Energy, Key, Target
+from diffsamp.types import Array, ArrayLike, Energy, Key, Target
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -26,6 +26,8 @@ class Probe:
         x: points, [M, D].
         weights: their importance weights as target draws, [M], or None for equal ones.
         name: where they come from.
+        target_draws: whether they are draws from the target itself, so that their mean
+            log-weight is an upper bound on log Z.
         num_energy_evaluations: energies evaluated alone to find them.
         num_gradient_evaluations: energies evaluated with gradient.
     """
@@ -33,6 +35,7 @@ class Probe:
     x: Array
     weights: Array | None = None
     name: str = "given draws"
+    target_draws: bool = False
     num_energy_evaluations: int = 0
     num_gradient_evaluations: int = 0
 
@@ -44,7 +47,7 @@ class Probe:
             raise ValueError("a probe's points must be finite; remove the others")
 
 
-def given(draws: Array) -> Probe:
+def given(draws: ArrayLike) -> Probe:
     """Reference draws that the user has, for instance from a long trusted run.
 
     Args:
@@ -59,7 +62,7 @@ def given(draws: Array) -> Probe:
         >>> ds.probes.given(draws).name
         'given draws'
     """
-    return Probe(x=jnp.asarray(draws))
+    return Probe(x=jnp.asarray(draws), target_draws=True)
 
 
 def smc(
@@ -84,7 +87,8 @@ def smc(
         num_mcmc_steps: HMC moves per temperature.
 
     Raises:
-        ValueError: see `mcmc.smc_from_gaussian`; also when SMC did not reach the target.
+        ValueError: see `mcmc.smc_from_gaussian`; also when SMC did not reach the
+            target.
     """
     result = mcmc.smc_from_gaussian(
         as_key(key),
@@ -148,8 +152,17 @@ def multistart(
     row = (1, dim)
     loc, scale = (jnp.broadcast_to(jnp.asarray(v), (dim,)) for v in (loc, scale))
     points = loc.reshape(row).astype(noise.dtype) + scale.reshape(row) * noise
-    x = mcmc.multistart(run, as_energy(energy), points)
-    return Probe(x=x, name="multi-start optimisation and HMC")
+    energy, num_steps = as_energy(energy), 300
+    optima = mcmc.multistart(
+        run, energy, points, num_optimisation_steps=num_steps, num_hmc_steps=0
+    )
+    draws, info = mcmc.run_hmc(run, energy, optima, num_warmup=33, num_draws=17)
+    return Probe(
+        x=draws[:, -1],
+        name="multi-start optimisation and HMC",
+        num_gradient_evaluations=num_starts * num_steps
+        + int(info.num_gradient_evaluations),
+    )
 
 
 def _from_smc(result: mcmc.SMCResult, name: str) -> Probe:

@@ -58,10 +58,9 @@ class Process(Protocol):
 class PinnedBrownian:
     """Brownian motion from a point mass, destroyed by the Brownian bridge to it.
 
-    With times t_k and the whole path of unit variance,
-    ``p = N(y + (dt) u, dt)`` and ``q = N((t_k / t_{k+1}) y', dt t_k / t_{k+1})``; the
-    first bridge step is the point mass itself. Zhang and Chen 2022 (PIS); Sendera et al.
-    2024.
+    With times t_k and the whole path of unit variance, ``p = N(y + (dt) u, dt)`` and
+    ``q = N((t_k / t_{k+1}) y', dt t_k / t_{k+1})``; the first bridge step is the point
+    mass itself. Zhang and Chen 2022 (PIS); Sendera et al. 2024.
     """
 
     time_grid: TimeGrid = PowerGrid(1.0)
@@ -92,8 +91,8 @@ class VariancePreserving:
     With alpha_bar from the schedule and ``1 - a = alpha_bar_k / alpha_bar_{k+1}``,
     destruction is exactly ``q(y | y') = N(sqrt(1 - a) y', a)``. Generation integrates
     ``dY = (-Y / 2 + c) d tau + dW`` with the control c = score + y frozen over the step
-    (exponential integrator): mean ``sqrt(1 - a) y + 2 (1 - sqrt(1 - a)) c``, variance a.
-    Both stay finite and well conditioned at K = 1, unlike the Euler step.
+    (exponential integrator): the mean is ``sqrt(1 - a) y + 2 (1 - sqrt(1 - a)) c``, the
+    variance a. Both stay finite and well conditioned at K = 1, unlike the Euler step.
     """
 
     schedule: NoiseSchedule
@@ -111,7 +110,8 @@ class VariancePreserving:
         if not np.all(keep < 1):
             raise ValueError(
                 "the noise schedule must increase strictly on the time grid; with "
-                f"{num_steps} steps it stands still. Use fewer steps or another schedule"
+                f"{num_steps} steps it stands still. Use fewer steps or another "
+                "schedule"
             )
         decay, std = np.sqrt(keep), np.sqrt(1 - keep)
         return Coefficients(
@@ -128,8 +128,8 @@ class VariancePreserving:
 class Brownian:
     """Brownian motion both ways from N(0, I): the reference of the general bridge.
 
-    ``p = N(y + dt^(1/2) diffusion u .., diffusion^2 dt)`` and the same backwards, so all
-    drift comes from the two networks. Richter and Berner 2024 (GBS).
+    ``p = N(y + dt^(1/2) diffusion u .., diffusion^2 dt)`` and the same backwards, so
+    all drift comes from the two networks. Richter and Berner 2024 (GBS).
     """
 
     diffusion: float = 1.0

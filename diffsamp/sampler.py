@@ -7,8 +7,8 @@ path is, in the units of x,
                  + sum_k [log q(x_k | x_{k+1}) - log p(x_{k+1} | x_k)],
 
 with the kernels that were really used. Integrating ``exp(log_weight)`` against the law
-of generated paths telescopes to the integral of ``exp(-energy)``: E[exp(log_weight)] = Z
-for every parameter value and every number of steps. A point-mass reference has
+of generated paths telescopes to the integral of ``exp(-energy)``: E[exp(log_weight)] is
+Z for every parameter value and every number of steps. A point-mass reference has
 ``log p_0 := 0`` and ``log q(x_0 | x_1) := 0``, the same point mass on both sides.
 """
 
@@ -16,18 +16,21 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from diffsamp._distributions import normal_log_prob, standard_normal
 from diffsamp.energies import as_key, bind_condition, check_energy
 from diffsamp.networks import Context, Control
 from diffsamp.processes import Process
 from diffsamp.types import Array, Energy, Key, Params, Path, Trajectory
+
+_EVALUATED = "energy and score"  # what rematerialisation keeps: O(K D) numbers
 
 
 class Evaluations(NamedTuple):
@@ -84,14 +87,15 @@ class Sampler:
         process: the pair of reference kernels.
         generation: control of the generation kernel.
         destruction: control of the destruction kernel, or None for the reference's.
-        loc: location of the reference, a number or D numbers, in units of x.
-        scale: standard deviation of the reference, a number or D numbers.
+        loc: location of the reference, a number or D numbers (kept as a tuple), in
+            units of x.
+        scale: standard deviation of the reference, likewise.
         condition_dim: size of the condition of a conditional energy; 0 for none.
         variance_range: learned log-variances stay within this of the reference's.
 
     Raises:
         ValueError: when dim or num_steps is below 1, loc or scale has another length
-            than dim, or scale is not positive.
+            than dim or is not finite, or scale is not positive.
     """
 
     dim: int
@@ -99,8 +103,8 @@ class Sampler:
     process: Process
     generation: Control
     destruction: Control | None = None
-    loc: float | tuple[float, ...] = 0.0
-    scale: float | tuple[float, ...] = 1.0
+    loc: float | Sequence[float] = 0.0
+    scale: float | Sequence[float] = 1.0
     condition_dim: int = 0
     variance_range: float = 2.0
 
@@ -118,6 +122,9 @@ class Sampler:
             )
         if not np.all(np.asarray(self.scale) > 0):
             raise ValueError(f"scale must be positive, got {self.scale}")
+        for name in ("loc", "scale"):
+            if not np.all(np.isfinite(getattr(self, name))):
+                raise ValueError(f"{name} must be finite, got {getattr(self, name)}")
 
     # -- what users call ------------------------------------------------------------
 
@@ -172,7 +179,7 @@ class Sampler:
             condition: [condition_dim], or None.
 
         Raises:
-            ValueError: when xs has another shape.
+            ValueError: when xs or condition has another shape.
         """
         if jnp.shape(xs) != (self.num_steps + 1, self.dim):
             raise ValueError(
@@ -180,6 +187,7 @@ class Sampler:
                 f"{self.dim}], got {list(jnp.shape(xs))}; for another step count use "
                 "sampler.with_num_steps(k)"
             )
+        self._check_condition(condition)
         return self.score_path(params, self._complete(xs, energy, condition), condition)
 
     def trace_back(
@@ -202,7 +210,7 @@ class Sampler:
             condition: [condition_dim], or None.
 
         Raises:
-            ValueError: when x has another shape.
+            ValueError: when x or condition has another shape.
         """
         path = self.trace_path(params, key, x, energy, condition)
         return self.score_path(params, path, condition)
@@ -266,6 +274,7 @@ class Sampler:
                 f"x must be one point of shape [{self.dim}], got {list(jnp.shape(x))}; "
                 "vmap over several"
             )
+        self._check_condition(condition)
         key, params = as_key(key), jax.lax.stop_gradient(params)
         energy = self._bind(energy, condition)
         steps, dtype = self._steps(), self._dtype
@@ -324,14 +333,17 @@ class Sampler:
     ) -> tuple[Trajectory, Path]:
         """`__call__`, differentiable through the simulation in O(sqrt(K)) memory.
 
-        The energy is differentiated once, at the last state; scores shown to networks
-        carry no gradient. Returns the trajectory and the path it was scored on.
+        Only the energy of the last state is differentiated; scores shown to networks
+        carry no gradient and are kept, so that no energy is evaluated again in the
+        backward pass. Returns the trajectory and the path it was scored on.
         """
         run = self._run(
             params, key, energy, condition, log_densities=True, remat=True, keep=True
         )
-        _, log_prior, log_generation, log_destruction, _, path = run
-        energy_value = self._bind(energy, condition)(path.xs[-1])
+        y, log_prior, log_generation, log_destruction, energy_value, path = run
+        if self.needs_score:  # its gradient at the last state is known already
+            step = y - jax.lax.stop_gradient(y)  # zero
+            energy_value = energy_value - jnp.sum(path.last_score * step)
         trajectory = self._trajectory(
             path.xs, log_prior, log_generation, log_destruction, energy_value
         )
@@ -357,6 +369,11 @@ class Sampler:
 
     def _controlled(self, mean, std, control):
         """Adds a control to a kernel of the reference."""
+        if control.shape not in ((self.dim,), (2 * self.dim,)):
+            raise ValueError(
+                f"network must return [{self.dim}] or, with log-variances, "
+                f"[{2 * self.dim}] numbers for one point, got {list(control.shape)}"
+            )
         drift = control[: self.dim].astype(mean.dtype)
         mean = mean + std / math.sqrt(self.num_steps) * drift
         if control.shape[-1] > self.dim:
@@ -391,11 +408,12 @@ class Sampler:
         log_densities: bool = False,
         remat: bool = False,
         extra_std: Array | float = 0.0,
-    ):
+    ) -> tuple[Array, Array, Any, Any, Array, Any]:
         """Simulates; returns y_K, log p_0, log p, log q, energy and, if kept, the path.
 
         Scores are computed at the end of each step, once per state, and carried on.
         """
+        self._check_condition(condition)
         key, dtype = as_key(key), self._dtype
         energy = self._bind(energy, condition)
         steps = self._steps()
@@ -407,7 +425,7 @@ class Sampler:
             )
         extra = jnp.asarray(extra_std, dtype)
 
-        def body(carry, step):
+        def body(carry, step) -> tuple[Any, Any]:
             y, score, _ = carry
             mean, std = self._generate(params, step, y, score, condition)
             noise = standard_normal(
@@ -415,6 +433,7 @@ class Sampler:
             )
             y_next = mean + jnp.sqrt(std**2 + extra**2) * noise
             value, next_score = self._value_and_score(energy, y_next)
+            value, next_score = checkpoint_name((value, next_score), _EVALUATED)
             log_densities_of_step = None
             if log_densities:
                 log_generation = self._log_density(y_next, mean, std)
@@ -455,7 +474,7 @@ class Sampler:
             xs, xs[-1], log_weight, log_prior, log_generation, log_destruction, energy
         )
 
-    # -- coordinates and constants ------------------------------------------------------
+    # -- coordinates and constants ----------------------------------------------------
 
     @property
     def _dtype(self):
@@ -472,7 +491,7 @@ class Sampler:
 
     def _original(self, y: Array) -> Array:
         loc, scale = (np.asarray(v, y.dtype) for v in (self.loc, self.scale))
-        return _row(loc, y) + _row(scale, y) * y
+        return y * _row(scale, y) + _row(loc, y)
 
     def _steps(self) -> _Step:
         table = self.process.coefficients(self.num_steps)
@@ -481,10 +500,20 @@ class Sampler:
             jnp.arange(self.num_steps), *(jnp.asarray(c, self._dtype) for c in columns)
         )
 
+    def _check_condition(self, condition: Any) -> None:
+        expected = (self.condition_dim,) if self.condition_dim else None
+        shape = None if condition is None else jnp.shape(condition)
+        if shape != expected:
+            raise ValueError(
+                f"condition must be an array of shape [condition_dim] for a sampler "
+                f"with condition_dim > 0, else None; condition_dim={self.condition_dim}"
+                f", condition is {None if shape is None else list(shape)}"
+            )
+
     def _bind(self, energy: Callable[..., Array], condition: Any) -> Energy:
         bound = bind_condition(energy, condition)
         check_energy(bound, self.dim, self._dtype)
-        return lambda x: bound(x).astype(self._dtype)
+        return lambda x: jnp.asarray(bound(x), self._dtype)
 
     def _value_and_score(self, energy: Energy, y: Array):
         if not self.needs_score:
@@ -521,12 +550,13 @@ def _sqrt_scan(body, carry, xs):
     """`lax.scan` whose backward pass stores O(sqrt(K)) carries.
 
     An outer scan over segments keeps one carry each; a segment is recomputed, and then
-    each of its steps, when its gradient is needed.
+    each of its steps, when its gradient is needed. Energies and scores are kept.
     """
     length = jax.tree.leaves(xs)[0].shape[0]
     inner = max(1, int(math.sqrt(length)))
     outer, rest = divmod(length, inner)
-    step = jax.checkpoint(body, prevent_cse=False)
+    keep = jax.checkpoint_policies.save_only_these_names(_EVALUATED)
+    step = jax.checkpoint(body, prevent_cse=False, policy=keep)
 
     def segment(carry, xs):
         return jax.lax.scan(step, carry, xs)
@@ -535,7 +565,9 @@ def _sqrt_scan(body, carry, xs):
         return x[: outer * inner].reshape((outer, inner) + x.shape[1:])
 
     carry, head = jax.lax.scan(
-        jax.checkpoint(segment, prevent_cse=False), carry, jax.tree.map(split, xs)
+        jax.checkpoint(segment, prevent_cse=False, policy=keep),
+        carry,
+        jax.tree.map(split, xs),
     )
     head = jax.tree.map(lambda x: x.reshape((outer * inner,) + x.shape[2:]), head)
     if not rest:

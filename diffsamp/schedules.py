@@ -77,7 +77,7 @@ class CosinePowerNoise:
     total: float
 
     def signal(self, t: np.ndarray) -> np.ndarray:
-        # int cos^4(pi u / 2) du = (3 u / 8) + sin(pi u) / (2 pi) + sin(2 pi u) / (16 pi)
+        # int cos^4(pi u / 2) du = 3 u / 8 + sin(pi u) / (2 pi) + sin(2 pi u) / (16 pi)
         u = np.asarray(t, np.float64)
         mass = 3 * u / 8 + np.sin(np.pi * u) / (2 * np.pi)
         mass = (mass + np.sin(2 * np.pi * u) / (16 * np.pi)) / (3 / 8)
@@ -100,8 +100,8 @@ def geometric(smallest_scale: float = 0.1, floor: float = 1e-6) -> GeometricNois
     For a Gaussian of standard deviation r (in units of the reference) under the
     variance-preserving process with generation variance equal to the destruction
     variance, step k costs a path divergence of about ``((1 - v) a / (2 v))**2`` with v
-    the total variance; the sum over K steps is smallest when log v falls linearly, and is
-    then ``(log r**2)**2 / (4 K)`` per coordinate. This schedule is that optimum.
+    the total variance; the sum over K steps is smallest when log v falls linearly, and
+    is then ``(log r**2)**2 / (4 K)`` per coordinate. This schedule is that optimum.
 
     Args:
         smallest_scale: r, the finest standard deviation to resolve in units of the

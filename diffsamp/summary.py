@@ -34,7 +34,8 @@ def summary(
 
     Example:
         >>> import numpy as np, diffsamp as ds
-        >>> print(ds.summary({"mu": np.array([1.0, 2.0, 3.0])}).splitlines()[1].split()[:2])
+        >>> table = ds.summary({"mu": np.array([1.0, 2.0, 3.0])})
+        >>> table.splitlines()[1].split()[:2]
         ['mu', '2.00']
     """
     if not 0 < prob < 1:
@@ -71,14 +72,16 @@ def verdict_lines(draws: Draws, log_z: float | None = None) -> str:
         log_z: true value to print beside the estimate, where known.
     """
     found, report = draws.log_evidence, draws.diagnostics
-    truth = "" if log_z is None else f"   (true value {log_z:.3f})"
+    evidence = f"{found.estimate:.3f} +- {found.standard_error:.3f}"
+    if log_z is not None:
+        evidence += f"   (true value {log_z:.3f})"
     upper = "-" if found.upper is None else f"{found.upper:.3f}"
     missing = "no probe"
     if report.missing_mass is not None:
         missing = f"{report.missing_mass:.1%} (noise {report.coverage_tolerance:.1%})"
     return "\n".join(
         [
-            f"log Z            {found.estimate:.3f} +- {found.standard_error:.3f}{truth}",
+            f"log Z            {evidence}",
             f"bounds           ELBO {found.lower:.3f}, EUBO {upper}",
             f"ESS              {report.ess:.0f} of {len(draws.x)} draws",
             f"Pareto k-hat     {report.pareto_k:.2f}",

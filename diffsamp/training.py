@@ -1,9 +1,9 @@
 """Training: a pure step, compiled many updates at a time, and the loop around it.
 
-One update: the behaviour proposes paths (no gradients), they are scored in parallel over
-time, the objective is differentiated, the optimiser moves. Update number n draws its
-randomness from ``fold_in(key, n)``, so results do not depend on how updates are chunked,
-shown or interrupted.
+One update: the behaviour proposes paths (no gradients), they are scored in parallel
+over time, the objective is differentiated, the optimiser moves. Update number n draws
+its randomness from ``fold_in(key, n)``, so results do not depend on how updates are
+chunked, shown or interrupted.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from diffsamp import batching, behaviours
 from diffsamp import checkpoint as files
+from diffsamp.behaviours import common
 from diffsamp.energies import as_energy, as_key, check_energy
 from diffsamp.sampler import Sampler
 from diffsamp.types import Array, Batch, Behaviour, Cost, Energy, Key, Objective, Params
@@ -62,7 +63,7 @@ class FitResult(NamedTuple):
     """What training returns.
 
     Attributes:
-        params: parameters of the sampler (their moving average where one was asked for).
+        params: parameters of the sampler, their moving average where one was asked for.
         state: full state; pass it as ``fit(..., state=...)`` to go on.
         metrics: per update, [num_updates] each: loss, elbo, ess, grad_norm, skipped,
             num_nonfinite and what the objective adds.
@@ -199,7 +200,7 @@ def step(
             keys = jax.random.split(for_paths, recipe.batch_size)
             roll = jax.vmap(sampler.rollout, in_axes=(None, 0, None))
             rollouts, paths = roll(params["sampler"], keys, energy)
-            own = behaviours.common.proposal(paths, simulated=True, on_policy=True)
+            own = common.proposal(paths, simulated=True, on_policy=True)
         else:
             rollouts, own = None, proposal
         score = jax.vmap(sampler.score_path, in_axes=(None, 0))
@@ -230,7 +231,7 @@ def step(
     if recipe.anneal is not None:
         factor = recipe.anneal(jnp.asarray(progress))
         updates = jax.tree.map(lambda u: u * jnp.asarray(factor, u.dtype), updates)
-    params = optax.apply_updates(state.params, updates)
+    params: Any = optax.apply_updates(state.params, updates)
     average = _average(recipe.ema_decay, state, params["sampler"])
     batch = Batch(
         trajectories,
@@ -321,14 +322,14 @@ def fit(
         optimizer: any Optax transformation of ``{"sampler", "objective"}``; by default
             Adam at 1e-3.
         batch_size: paths per update.
-        num_updates: updates to do, in addition to those of ``state``. 5,000 if no budget
-            is given at all.
+        num_updates: updates to do, in addition to those of ``state``. 5,000 if no
+            budget is given at all.
         max_seconds: wall time, compilation included.
         max_energy_evaluations: energies and gradients together, pilots included.
         max_grad_norm: global gradient norm is clipped to this; None for no clipping.
         ema_decay: decay of the moving average of parameters (with warm-up), or None.
         anneal: maps the share of the budget spent, in [0, 1], to a factor on every
-            update, for learning-rate decay under any budget (`schedules.cosine_anneal`).
+            update: learning-rate decay under any budget (`schedules.cosine_anneal`).
         params: parameters to start from (warm start).
         state: state to go on from (continued fitting).
         checkpoint: file to write to; if it exists, the run it holds is resumed, with
@@ -398,7 +399,7 @@ def fit(
     total_or_never = np.float32(np.inf if num_updates is None else num_updates)
     first = np.int32(progress.first)
 
-    def run(state, num):
+    def run(state, num) -> tuple[TrainState, dict[str, Array], Cost]:
         spent = (time.perf_counter() - begin) / max_seconds if max_seconds else 0.0
         share = np.float32(min(spent, 1.0))
         return chunk(state, energy, np.int32(num), total_or_never, first, share)
@@ -439,7 +440,8 @@ def fit(
             if budget is not None:
                 num = min(num, progress.updates_within(budget))
             chunk_begin, in_a_row = time.perf_counter(), int(state.skipped_in_a_row)
-            state, metrics, cost = jax.block_until_ready(run(state, num))
+            state, metrics, cost = run(state, num)
+            jax.block_until_ready(state)
             per_update = (time.perf_counter() - chunk_begin) / num
             metrics = {name: np.asarray(v)[:num] for name, v in metrics.items()}
             progress.add_chunk(num, metrics, cost)
@@ -591,9 +593,10 @@ class _Progress:
             )
         if header["configuration"] != _configuration(recipe):
             raise files.CheckpointError(
-                f"{path} was written for another configuration and was left untouched.\n"
-                f"  it holds: {header['configuration']}\n  wanted:   "
-                f"{_configuration(recipe)}\nChoose another path, or restore the settings"
+                f"{path} was written for another configuration and was left "
+                f"untouched.\n  it holds: {header['configuration']}\n"
+                f"  wanted:   {_configuration(recipe)}\n"
+                "Choose another path, or restore the settings"
             )
         state = files.restore(shapes, payload["state"], path)
         self.num_energy, self.num_gradient, self.num_network = header["counts"]

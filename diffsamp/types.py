@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 
 Array = jax.Array
+ArrayLike = jax.typing.ArrayLike
 Key = jax.Array
 Params = Any
 PyTree = Any

@@ -5,7 +5,8 @@
 
 Tempered SMC (BlackJAX) finds the modes and gives the reference its place and scale; a
 diffusion sampler is trained on its own paths and on paths into the SMC particles; an
-independent SMC run probes the result; NumPyro's NUTS runs beside it on the same machine.
+independent SMC run probes the result; NumPyro's NUTS runs beside it on the same
+machine.
 """
 
 from __future__ import annotations

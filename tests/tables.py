@@ -24,7 +24,9 @@ def _sampler(factory, **networks):
 SAMPLERS = {
     "pis": _sampler(ds.samplers.pis, network=ds.networks.score_guided(**SMALL)),
     "dds": _sampler(ds.samplers.dds, network=ds.networks.score_guided(**SMALL)),
-    "dis": _sampler(ds.samplers.dis, network=ds.networks.annealed_score_guided(**SMALL)),
+    "dis": _sampler(
+        ds.samplers.dis, network=ds.networks.annealed_score_guided(**SMALL)
+    ),
     "dis_free": _sampler(ds.samplers.dis, network=ds.networks.free(**SMALL)),
     "gbs": _sampler(
         ds.samplers.gbs,
@@ -148,3 +150,40 @@ def perturbed(params, scale, seed=1):
         return jnp.asarray(np.asarray(leaf) + noise, leaf.dtype)
 
     return jax.tree.map(move, params)
+
+
+def counting_energy(fn):
+    """An energy that counts its evaluations, and a function that returns and resets them.
+
+    ``take() -> {"energy": ..., "gradient": ...}``. The point is an argument of the
+    callback, so that under ``vmap`` every row counts.
+    """
+    counts = {"energy": 0, "gradient": 0}
+
+    def count(kind):
+        def add(_):
+            counts[kind] += 1
+
+        return functools.partial(jax.debug.callback, add)
+
+    @jax.custom_vjp
+    def energy(x):
+        count("energy")(x)
+        return fn(x)
+
+    def forward(x):
+        count("gradient")(x)
+        return fn(x), x
+
+    def backward(x, cotangent):
+        return (cotangent * jax.grad(fn)(x),)
+
+    energy.defvjp(forward, backward)
+
+    def take():
+        jax.effects_barrier()
+        taken = dict(counts)
+        counts.update(energy=0, gradient=0)
+        return taken
+
+    return energy, take

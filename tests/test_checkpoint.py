@@ -477,7 +477,7 @@ def energy(x):
 checkpoint, result = sys.argv[1:]
 fit = ds.fit(
     jax.random.key(0), sampler, ds.objectives.trajectory_balance(), energy,
-    behaviour=behaviour, num_updates=200, batch_size=16, updates_per_chunk=5,
+    behaviour=behaviour, num_updates=300, batch_size=16, updates_per_chunk=5,
     checkpoint=checkpoint, checkpoint_seconds=0.0, progress_bar=False,
     callback=lambda count, metrics: time.sleep(0.02),
 )
@@ -522,7 +522,7 @@ def test_killed_runs_end_with_the_same_bits(tmp_path):
         process = _start(tmp_path, "killed")
         while _bytes(path) == before and process.poll() is None:
             time.sleep(0.005)
-        time.sleep(chance.uniform(0.0, 0.25))
+        time.sleep(chance.uniform(0.0, 0.2))
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL  # it was still at work
         assert not (tmp_path / "killed.result").exists()

@@ -312,7 +312,9 @@ def test_shifted_gaussian_under_pis_has_constant_weights():
         sampler = ds.samplers.pis(2, num_steps, loc=0.4, scale=0.7, network=control)
         params = sampler.init(jax.random.key(0))
         keys = jax.random.split(jax.random.key(1), 16)
-        draw = jax.jit(jax.vmap(sampler.final, in_axes=(None, 0, None)), static_argnums=2)
+        draw = jax.jit(
+            jax.vmap(sampler.final, in_axes=(None, 0, None)), static_argnums=2
+        )
         np.testing.assert_allclose(
             draw(params, keys, energy).log_weight, LOG_Z, atol=2e-5
         )

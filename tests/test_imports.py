@@ -53,6 +53,7 @@ MAY_IMPORT = {
     "drawing": MACHINE | JUDGE | {"mcmc", "probes"},
     "evaluation": MACHINE | JUDGE | {"drawing", "probes"},
     "plotting": MACHINE | JUDGE | {"drawing", "training"},
+    "summary": JUDGE | {"drawing"},
     # the top: may import anything, and nothing above imports them
     "numpyro": ANYTHING,
     "posteriors": ANYTHING,

@@ -28,7 +28,8 @@ def exploration(noise: float | Callable) -> Behaviour:
 
     Example:
         >>> import optax, diffsamp as ds
-        >>> behaviour = ds.behaviours.exploration(optax.linear_schedule(0.2, 0.0, 5_000))
+        >>> noise = optax.linear_schedule(0.2, 0.0, 5_000)
+        >>> behaviour = ds.behaviours.exploration(noise)
     """
     if not callable(noise) and not noise >= 0:
         raise ValueError(f"noise must not be negative, got {noise}")

@@ -49,8 +49,8 @@ def mixture(*members: tuple[Behaviour, float]) -> Behaviour:
         counts = np.diff(ends, prepend=0)
         if counts.min() < 1:
             raise ValueError(
-                f"batch_size={batch_size} leaves a member of the mixture without a row; "
-                "raise batch_size or the smallest share"
+                f"batch_size={batch_size} leaves a member of the mixture without a "
+                "row; raise batch_size or the smallest share"
             )
         return counts
 

@@ -19,8 +19,8 @@ from diffsamp.types import Behaviour, Provides
 def replay(capacity: int = 100_000) -> Behaviour:
     """Paths into stored last states. To be mixed with a behaviour that simulates.
 
-    The buffer takes in every simulated row of the batch; rows with a non-finite state or
-    energy are refused. Until it holds anything, rows are simulated on-policy.
+    The buffer takes in every simulated row of the batch; rows with a non-finite state
+    or energy are refused. Until it holds anything, rows are simulated on-policy.
 
     Args:
         capacity: points kept, oldest out first; at least the batch size.

@@ -53,8 +53,8 @@ def smc_seeded(
     """
     if num_particles < 2 or num_mcmc_steps < 1 or (every is not None and every < 1):
         raise ValueError(
-            "num_particles must be at least 2, num_mcmc_steps and every at least 1, got "
-            f"{num_particles}, {num_mcmc_steps} and {every}"
+            "num_particles must be at least 2, num_mcmc_steps and every at least 1, "
+            f"got {num_particles}, {num_mcmc_steps} and {every}"
         )
     if prior is not None and (prior.sample_prior is None or prior.log_prior is None):
         raise ValueError(

@@ -36,8 +36,8 @@ def forward_kl(draws: Array | None = None) -> Objective:
 
     Args:
         draws: points from the target, [N, D]. Each update takes as many of them as the
-            batch has rows. Without it, the rows that the behaviour marks as target draws
-            are used (`behaviours.smc_seeded`, `behaviours.reference_draws`).
+            batch has rows. Without it, the rows that the behaviour marks as target
+            draws are used (`behaviours.smc_seeded`, `behaviours.reference_draws`).
 
     Raises:
         ValueError: when draws is not of shape [N, D] or is not finite.

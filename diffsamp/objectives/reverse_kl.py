@@ -2,9 +2,9 @@
 
     loss = mean(-log_weight),  x ~ generation, reparametrised
 
-so that ``loss = KL(generation paths || destruction paths of the target) - log Z``: minus
-the ELBO. Zhang and Chen 2022, eq. 9; Vargas et al. 2023. Only on-policy paths make
-sense. The simulation is rematerialised: memory grows like sqrt(K). Mode-seeking.
+so that ``loss = KL(generation paths || destruction paths of the target) - log Z``:
+minus the ELBO. Zhang and Chen 2022, eq. 9; Vargas et al. 2023. Only on-policy paths
+make sense. The simulation is rematerialised: memory grows like sqrt(K). Mode-seeking.
 """
 
 from __future__ import annotations

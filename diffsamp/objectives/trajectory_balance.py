@@ -3,10 +3,11 @@
     loss = 1/2 mean( (log Z_psi - log_weight)^2 ),  detached paths from any behaviour
 
 With log Z_psi at the behaviour's mean log-weight and on-policy paths its gradient for
-generation parameters is that of reverse KL. log Z_psi = offset + scale * raw: the offset
-is the log-mean-exp of a pilot batch's weights and ``scale`` multiplies the learning rate
-of log Z, so that one optimiser for all parameters works; a log Z that starts at 0 has to
-travel (165 nats on the 32-D many-well) at the speed of its learning rate.
+generation parameters is that of reverse KL. log Z_psi = offset + scale * raw: the
+offset is the log-mean-exp of a pilot batch's weights and ``scale`` multiplies the
+learning rate of log Z, so that one optimiser for all parameters works; a log Z that
+starts at 0 has to travel (165 nats on the 32-D many-well) at the speed of its learning
+rate.
 """
 
 from __future__ import annotations

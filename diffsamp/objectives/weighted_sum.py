@@ -26,9 +26,10 @@ def weighted_sum(*members: tuple[Objective, Weight]) -> Objective:
 
     Example:
         >>> import optax, diffsamp as ds
+        >>> fading = optax.linear_schedule(1.0, 0.0, 10)
         >>> objective = ds.objectives.weighted_sum(
         ...     (ds.objectives.log_variance(), 1.0),
-        ...     (ds.objectives.trajectory_balance(), optax.linear_schedule(1.0, 0.0, 10)),
+        ...     (ds.objectives.trajectory_balance(), fading),
         ... )
     """
     if not members:

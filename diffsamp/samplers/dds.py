@@ -8,8 +8,8 @@ Exponential integrator of the variance-preserving process: with b_k^2 in (0, 1),
 
 (the paper's factor of f is b_k^2, equal to first order; this one is the exact solution
 for a control frozen over the step). b_k^2 follows cos^4, small near the target, with
-``prod(1 - b_k^2) = exp(-12)``: published defaults forget too little. Control: MLP plus a
-learned multiple of the target score. States and noise are not clipped.
+``prod(1 - b_k^2) = exp(-12)``: published defaults forget too little. Control: MLP plus
+a learned multiple of the target score. States and noise are not clipped.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def dds(
         ),
         generation=network
         or networks.score_guided(learn_variance=learn_generation_variance),
-        loc=loc,  # pyright: ignore[reportArgumentType]
-        scale=scale,  # pyright: ignore[reportArgumentType]
+        loc=loc,
+        scale=scale,
         condition_dim=condition_dim,
     )

@@ -1,7 +1,7 @@
-"""DIS: time-reversed diffusion sampler. Berner, Richter, Ullrich 2024, arXiv 2211.01364.
+"""DIS: time-reversed diffusion sampler. Berner et al. 2024, arXiv 2211.01364.
 
-Destruction is the variance-preserving noising process, which is fixed; generation is its
-time reversal with the score replaced by a control,
+Destruction is the variance-preserving noising process, which is fixed; generation is
+its time reversal with the score replaced by a control,
 
     q(x_k | x_{k+1}) = N(sqrt(1 - a_k) x_{k+1}, a_k s^2)
     p(x_{k+1} | x_k) = N(sqrt(1 - a_k) x_k + a_k^(1/2) s K^(-1/2) u(x_k, t_k), a_k s^2)
@@ -72,7 +72,7 @@ def dis(
         ),
         generation=network
         or networks.annealed_score_guided(learn_variance=learn_generation_variance),
-        loc=loc,  # pyright: ignore[reportArgumentType]
-        scale=scale,  # pyright: ignore[reportArgumentType]
+        loc=loc,
+        scale=scale,
         condition_dim=condition_dim,
     )

@@ -69,7 +69,7 @@ def gbs(
             offset=0.0, learn_variance=learn_generation_variance
         ),
         destruction=destruction_network or networks.reference_guided(),
-        loc=loc,  # pyright: ignore[reportArgumentType]
-        scale=scale,  # pyright: ignore[reportArgumentType]
+        loc=loc,
+        scale=scale,
         condition_dim=condition_dim,
     )

@@ -63,7 +63,7 @@ def pis(
         process=PinnedBrownian(time_grid or schedules.power_grid()),
         generation=network
         or networks.score_guided(learn_variance=learn_generation_variance),
-        loc=loc,  # pyright: ignore[reportArgumentType]
-        scale=scale,  # pyright: ignore[reportArgumentType]
+        loc=loc,
+        scale=scale,
         condition_dim=condition_dim,
     )
