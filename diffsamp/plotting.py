@@ -77,7 +77,8 @@ def _scatter(axis: Axes, draws: Draws, x, y, points: Mapping[str, np.ndarray]) -
 def _weights(axis: Axes, draws: Draws, log_z: float | None) -> None:
     if draws.log_weight is not None:
         finite = draws.log_weight[np.isfinite(draws.log_weight)]
-        axis.hist(finite, bins=60, density=True)
+        low, high = np.quantile(finite, [0.002, 1.0]) if finite.size else (0.0, 1.0)
+        axis.hist(finite, bins=60, range=(low, high + 1e-6), density=True)
     axis.axvline(draws.log_evidence.estimate, color="C1", label="log Z estimate")
     if log_z is not None:
         axis.axvline(log_z, color="k", linestyle=":", label="log Z true")

@@ -43,7 +43,7 @@ class Cell:
 CELLS = (
     Cell("gmm9", 3.0, 0.18, num_steps=128, num_updates=1_500),
     Cell("mw54", 2.0, 0.09, num_steps=64, num_updates=3_000),
-    Cell("funnel_easy", 3.0, 0.05, num_steps=64, num_updates=2_500),
+    Cell("funnel_easy", 3.0, 0.05, num_steps=64, num_updates=4_000),
     Cell("gmm25", 7.0, 0.08, num_steps=64, num_updates=1_000),
     Cell("funnel_hard", 5.0, 0.03, num_steps=64, num_updates=1_000),
 )

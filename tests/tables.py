@@ -10,6 +10,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import diffsamp as ds
 
@@ -85,6 +86,12 @@ NOISE_SCHEDULES = {
     "linear": ds.schedules.linear,
     "cosine_power": ds.schedules.cosine_power,
 }
+
+
+def mostly_slow(names, *fast):
+    """Parameters of which all but ``fast`` are left to `pytest -m slow`."""
+    assert set(fast) <= set(names)
+    return [n if n in fast else pytest.param(n, marks=pytest.mark.slow) for n in names]
 
 
 # A target that is shifted, skewed and wider in one coordinate than in the other:

@@ -10,6 +10,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.tree_util import Partial
 
@@ -19,7 +20,6 @@ NUM_STEPS = 4
 CONTROL = ds.networks.from_function(
     lambda key, dim: jnp.zeros(dim), lambda params, x, t, context: params + 0.0 * x
 )
-TINY = ds.networks.score_guided(width=8, depth=1)
 
 
 def sampler_at(loc, scale, dim=2, num_steps=NUM_STEPS, network=CONTROL):
@@ -346,14 +346,19 @@ def test_a_good_sampler_is_trusted_with_a_probe():
 
 def test_a_trained_sampler_is_trusted_with_a_probe():
     target = ds.targets.gaussian((1.0, -1.0), 1.0, log_z=-2.0)
-    sampler = ds.samplers.dis(2, 8, scale=1.5, network=TINY)
+    control = ds.networks.from_function(
+        lambda key, dim: {"shift": jnp.zeros(dim), "gain": jnp.zeros(dim)},
+        lambda params, x, t, context: params["shift"] - params["gain"] * x,
+    )
+    sampler = sampler_at(0.0, 1.5, num_steps=8, network=control)
     fit = ds.fit(
         jax.random.key(0),
         sampler,
         ds.objectives.log_variance(),
         target.energy,
-        batch_size=128,
-        num_updates=400,
+        optimizer=optax.adam(1e-2),
+        batch_size=64,
+        num_updates=500,
         progress_bar=False,
     )
     draws = ds.draw(

@@ -13,7 +13,7 @@ import pytest
 
 import diffsamp as ds
 
-NUM = 1_000
+NUM = 600
 CONTROL = ds.networks.from_function(
     lambda key, dim: jnp.zeros(dim), lambda params, x, t, context: params + 0.0 * x
 )
@@ -143,14 +143,14 @@ def test_reference_draws_stand_in_for_a_sampler():
     report = evaluate(plain, reference_draws=draws)
     assert set(report) == ALWAYS | WITH_DRAWS
     assert report["elbo"] < LOG_Z < report["eubo"]
-    # Half of them each; 600 points have a higher floor than 1,000.
+    # Half of them each; 600 points have a floor of their own.
     assert 0.5 * report["w2_floor"] < report["w2"] < 2 * report["w2_floor"]
 
 
 def test_mode_weights():
     target = ds.targets.gmm9()
     sampler = ds.samplers.dis(2, 4, scale=4.0, network=CONTROL)
-    report = evaluate(target, sampler, num_draws=1_500)
+    report = evaluate(target, sampler, num_draws=1_000)
     assert set(report) == (
         ALWAYS | KNOWN_LOG_Z | WITH_DRAWS | MODES | {"eubo_gap", "mode_tv_floor"}
     )
@@ -159,14 +159,14 @@ def test_mode_weights():
     # One wide Gaussian: its raw shares are wrong (a quarter of it in the middle), the
     # weighted ones right but noisy (the ESS is a tenth).
     assert report["mode_tv_unweighted"] == pytest.approx(0.16, abs=0.04)
-    assert report["mode_tv"] < 0.15
-    assert 0 < report["mode_tv_floor"] < 0.06
+    assert report["mode_tv"] < 0.2
+    assert 0 < report["mode_tv_floor"] < 0.08
 
 
 def test_a_lost_mode_shows():
     target = ds.targets.gmm9()
     sampler = ds.samplers.dis(2, 4, loc=5.0, scale=0.55, network=CONTROL)
-    report = evaluate(target, sampler)
+    report = evaluate(target, sampler, num_draws=300)
     assert report["verdict"].startswith("do not trust")
     assert report["mode_tv"] == pytest.approx(8 / 9, abs=0.01)
     assert report["log_z_error"] == pytest.approx(-np.log(9), abs=0.1)

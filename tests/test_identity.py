@@ -11,6 +11,7 @@ from tables import (
     LOG_Z,
     PROCESSES,
     SAMPLERS,
+    mostly_slow,
     perturbed,
     sample_scaled,
     scaled_energy,
@@ -22,7 +23,7 @@ import diffsamp as ds
 Partial = jax.tree_util.Partial
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("name", mostly_slow(SAMPLERS, *PROCESSES, "gbs_variance"))
 def test_every_way_to_the_log_weight_agrees(x64, key, name):
     sampler = SAMPLERS[name](num_steps=3)
     params = perturbed(sampler.init(key), 0.2)
@@ -142,9 +143,7 @@ def _assert_mean_is_one(log_ratio):
     assert abs(ratio.mean() - 1.0) < 4 * standard_error
 
 
-@pytest.mark.parametrize(
-    "num_steps", [1, pytest.param(2, marks=pytest.mark.slow), 5, 100]
-)
+@pytest.mark.parametrize("num_steps", mostly_slow([1, 2, 5, 100], 1, 100))
 @pytest.mark.parametrize("name", PROCESSES)
 def test_mean_weight_is_z(name, num_steps):
     log_weight = _generated(name, num_steps)
@@ -152,9 +151,7 @@ def test_mean_weight_is_z(name, num_steps):
     assert np.mean(log_weight) < LOG_Z  # ELBO
 
 
-@pytest.mark.parametrize(
-    "num_steps", [5, *(pytest.param(k, marks=pytest.mark.slow) for k in (1, 2, 100))]
-)
+@pytest.mark.parametrize("num_steps", mostly_slow([1, 2, 5, 100], 5))
 @pytest.mark.parametrize("name", PROCESSES)
 def test_mean_inverse_weight_of_exact_draws_is_inverse_z(name, num_steps):
     log_weight = _traced_back(name, num_steps)

@@ -13,6 +13,7 @@ from tables import (
     SAMPLERS,
     conditional_energy,
     counting_energy,
+    mostly_slow,
     perturbed,
     shifted_energy,
     skewed_energy,
@@ -25,7 +26,7 @@ Partial = jax.tree_util.Partial
 K = 3
 
 
-@pytest.fixture(scope="module", params=SAMPLERS)
+@pytest.fixture(scope="module", params=mostly_slow(SAMPLERS, *PROCESSES))
 def made(request):
     """A sampler, parameters, and ``jit(sampler)`` with a count of its traces."""
     name = request.param
@@ -131,20 +132,6 @@ def test_scored_paths_have_no_gradient_in_the_states(made):
     assert any(np.any(leaf != 0) for leaf in jax.tree.leaves(in_params))
 
 
-def test_energy_data_can_be_differentiated(made):
-    """A user may learn parameters of the energy: d log_weight / d data at fixed path."""
-    path = made.draw(made.params, jax.random.key(1), made.with_data)
-
-    def log_weight(data):
-        energy = Partial(made.energy, data)
-        return made.sampler.score(made.params, path.xs, energy).log_weight
-
-    if made.sampler.needs_score:
-        return  # the control looks at the data too
-    data = jnp.array([1.0, -0.5])
-    assert_trees_close(jax.grad(log_weight)(data), path.x - data, rtol=1e-4)
-
-
 # -- step counts ----------------------------------------------------------------------
 
 
@@ -216,7 +203,7 @@ def _by_hand(sampler, params, y, noise):
     return total - skewed_energy(loc + scale * y), jnp.stack(used)
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("name", mostly_slow(SAMPLERS, "pis", "gbs_variance"))
 def test_rollout_gradient_is_that_of_a_plain_loop(x64, name):
     sampler = SAMPLERS[name](num_steps=5)  # two segments of two steps, and one more
     params = perturbed(sampler.init(jax.random.key(0)), 0.2)
@@ -254,22 +241,18 @@ def _backward_bytes(sampler, params, batch_size=64):
     return compiled.memory_analysis().temp_size_in_bytes
 
 
-@pytest.mark.parametrize(
-    "name", ["dis", *(pytest.param(n, marks=pytest.mark.slow) for n in SAMPLERS)]
-)
+@pytest.mark.parametrize("name", mostly_slow(SAMPLERS, "dis"))
 def test_rollout_memory_grows_like_the_root_of_the_step_count(name):
     sampler = SAMPLERS[name]()
     params = sampler.init(jax.random.key(0))
-    few, many = (
-        _backward_bytes(sampler.with_num_steps(k), params) for k in (16, 256)
-    )
-    assert many < 6 * few  # 4 by the root of 16, and something for the states
+    few, many = (_backward_bytes(sampler.with_num_steps(k), params) for k in (16, 256))
+    assert many < 6 * few  # 4 by the root of 16, and the scores, which are kept
 
 
 # -- cost -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("name", mostly_slow(SAMPLERS, "pis", "gbs", "dis_free"))
 def test_evaluations_are_counted_as_they_are_made(name):
     sampler = SAMPLERS[name](num_steps=K)
     params = sampler.init(jax.random.key(0))
@@ -288,7 +271,7 @@ def test_evaluations_are_counted_as_they_are_made(name):
 # -- conditional energies -----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", PROCESSES)
+@pytest.mark.parametrize("name", mostly_slow(SAMPLERS, "gbs"))
 def test_conditional_energy(name):
     sampler = SAMPLERS[name](num_steps=2, condition_dim=3)
     params = perturbed(sampler.init(jax.random.key(0)), 0.2)
@@ -298,9 +281,7 @@ def test_conditional_energy(name):
     def run(key, condition):
         forward = sampler(params, key, conditional_energy, condition)
         score = sampler.score(params, forward.xs, conditional_energy, condition)
-        back = sampler.trace_back(
-            params, key, forward.x, conditional_energy, condition
-        )
+        back = sampler.trace_back(params, key, forward.x, conditional_energy, condition)
         return forward, score, back
 
     conditions = jnp.array([[0.0, 1.0, 2.0], [0.0, 1.0, 9.0], [3.0, 1.0, 2.0]])
