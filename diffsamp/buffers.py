@@ -63,7 +63,7 @@ def add(buffer: Buffer, x: Array, energy: Array, rows: Array | None = None) -> B
         )
     offered = jnp.ones(x.shape[:1], bool) if rows is None else rows
     valid = offered & jnp.isfinite(energy) & jnp.all(jnp.isfinite(x), axis=-1)
-    rank = jnp.cumsum(valid) - 1
+    rank = jnp.cumsum(valid, dtype=jnp.int32) - 1
     position = jnp.where(valid, (buffer.cursor + rank) % capacity, capacity)
     added = jnp.sum(valid).astype(jnp.int32)
     return Buffer(

@@ -202,7 +202,7 @@ def cosine_anneal(progress: jax.Array) -> jax.Array:
 
     Example:
         >>> import diffsamp as ds
-        >>> float(ds.schedules.cosine_anneal(0.5))
+        >>> round(float(ds.schedules.cosine_anneal(0.5)), 6)
         0.5
     """
     return 0.5 * (1 + jnp.cos(jnp.pi * jnp.asarray(progress)))

@@ -54,9 +54,12 @@ def standardise(key: Key, target: Target, pilot: Pilot | None = None) -> Referen
 
     Example:
         >>> import jax, diffsamp as ds
-        >>> target = ds.targets.gmm9()
-        >>> reference = ds.standardise(jax.random.key(0), target)
-        >>> sampler = ds.samplers.dis(dim=2, num_steps=8, **reference.arguments)
+        >>> target = ds.targets.sonar()
+        >>> pilot = ds.prior_draws()
+        >>> reference = ds.standardise(jax.random.key(0), target, pilot)
+        >>> sampler = ds.samplers.dis(target.dim, **reference.arguments)
+        >>> len(sampler.scale) == target.dim
+        True
     """
     draws, cost = (pilot or short_mcmc())(as_key(key), target)
     return reference_from(draws)._replace(num_gradient_evaluations=int(cost))

@@ -91,7 +91,12 @@ NOISE_SCHEDULES = {
 def mostly_slow(names, *fast):
     """Parameters of which all but ``fast`` are left to `pytest -m slow`."""
     assert set(fast) <= set(names)
-    return [n if n in fast else pytest.param(n, marks=pytest.mark.slow) for n in names]
+
+    def parameter(name):
+        values = name if isinstance(name, tuple) else (name,)
+        return pytest.param(*values, marks=() if name in fast else pytest.mark.slow)
+
+    return [parameter(name) for name in names]
 
 
 # A target that is shifted, skewed and wider in one coordinate than in the other:
@@ -103,7 +108,7 @@ LOG_Z = 0.7
 
 
 def skewed_energy(x):
-    """Minus the log of exp(LOG_Z) times a mixture of Gaussians; x of shape [1] or [2]."""
+    """Minus the log of exp(LOG_Z) times a Gaussian mixture; x of shape [1] or [2]."""
     dim = x.shape[0]
     means, stds = (np.asarray(v[:, :dim], x.dtype) for v in (MEANS, STDS))
     z = (x[None] - means) / stds
@@ -160,7 +165,7 @@ def perturbed(params, scale, seed=1):
 
 
 def counting_energy(fn):
-    """An energy that counts its evaluations, and a function that returns and resets them.
+    """An energy that counts its evaluations; a function that returns and resets them.
 
     ``take() -> {"energy": ..., "gradient": ...}``. The point is an argument of the
     callback, so that under ``vmap`` every row counts.

@@ -97,7 +97,7 @@ def halfway(tmp_path_factory):
     return copy
 
 
-# ------------------------------------------------------------------- samplers and params
+# ------------------------------------------------------------------ samplers and params
 
 
 def _samplers():
@@ -196,7 +196,7 @@ def test_float64_stays_float64(tmp_path):
     ds.save(tmp_path / "s.ds", sampler, params)
     assert_same(ds.load(tmp_path / "s.ds")[1], params)
     jax.config.update("jax_enable_x64", False)  # the fixture puts it back
-    with pytest.raises(ds.CheckpointError, match="float64.*wanted float32"):
+    with pytest.raises(ds.CheckpointError, match=r"float64.*wanted float32"):
         ds.load(tmp_path / "s.ds")
 
 
@@ -222,7 +222,7 @@ def test_load_of_a_missing_file(tmp_path):
         ds.load(tmp_path / "nothing.ds")
 
 
-# ------------------------------------------------------------------------------ resuming
+# ----------------------------------------------------------------------------- resuming
 
 
 def test_checkpoint_changes_nothing(whole, tmp_path):
@@ -329,7 +329,7 @@ def test_a_full_disk_does_not_end_the_run(whole, tmp_path, monkeypatch):
     assert_same(result.state, whole.state)
 
 
-# ---------------------------------------------------------------- foreign, damaged files
+# --------------------------------------------------------------- foreign, damaged files
 
 
 def _zip():
@@ -446,7 +446,7 @@ def test_a_header_names_no_class_outside_the_table(tmp_path):
     ds.save(path, sampler, sampler.init(jax.random.key(0)))
     data = path.read_bytes()
     path.write_bytes(data.replace(b"PinnedBrownian", b"PinnedBrowniam"))
-    with pytest.raises(ds.CheckpointError, match="unknown part.*PinnedBrowniam"):
+    with pytest.raises(ds.CheckpointError, match=r"unknown part.*PinnedBrowniam"):
         ds.load(path)
     assert not hasattr(builtins, "PinnedBrowniam")
 

@@ -146,7 +146,7 @@ def test_step_counts_share_parameters(made):
     assert np.isfinite(trajectory.log_weight)
 
 
-# -- float64 and the gradient of a rollout ----------------------------------------------
+# -- float64 and the gradient of a rollout --------------------------------------------
 
 
 def _kernel(sampler, k, y, decay, std, control):
@@ -268,7 +268,7 @@ def test_evaluations_are_counted_as_they_are_made(name):
     assert per_path.network == K * len(params)
 
 
-# -- conditional energies -----------------------------------------------------------------
+# -- conditional energies -------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", mostly_slow(SAMPLERS, "gbs"))
@@ -316,7 +316,7 @@ def test_wrong_condition_is_named(condition_dim, condition):
             jax.eval_shape(call, params)
 
 
-# -- bad input --------------------------------------------------------------------------
+# -- bad input ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", SAMPLERS)

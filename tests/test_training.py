@@ -452,7 +452,7 @@ def test_a_new_closure_compiles_and_works(base):
     assert COMPILATIONS == []
 
 
-# -------------------------------------------------------------------- non-finite numbers
+# ------------------------------------------------------------------- non-finite numbers
 
 
 def test_non_finite_rows_are_left_out_and_counted():
@@ -517,7 +517,7 @@ def test_too_many_skips_in_a_row_raise_whatever_the_chunks(length):
     options = {"objective": FAILING, "updates_per_chunk": length}
     options["max_skipped_in_a_row"] = 3
     energy = energy_of(bad=(2, 4, 5, 6))
-    with pytest.raises(ds.TrainingDiverged, match="3 updates in a row.*learning rate"):
+    with pytest.raises(ds.TrainingDiverged, match=r"3 updates in a row.*learning rate"):
         fit(10, energy=energy, **options)
     assert fit(10, energy=energy_of(bad=(2, 4, 5)), **options).num_skipped == 3
 
@@ -542,7 +542,7 @@ def test_energy_without_a_finite_value_at_the_start(value):
         fit(5, energy=energy_of(mean=(value, 0.0)))
 
 
-# ----------------------------------------------------------------------------- bad input
+# ---------------------------------------------------------------------------- bad input
 
 
 BAD_ENERGIES = [

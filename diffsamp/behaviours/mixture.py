@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 
 import jax
@@ -11,7 +12,6 @@ import numpy as np
 from diffsamp.types import Behaviour, Cost, Provides
 
 
-@functools.cache
 def mixture(*members: tuple[Behaviour, float]) -> Behaviour:
     """A batch made of shares from several behaviours.
 
@@ -30,16 +30,23 @@ def mixture(*members: tuple[Behaviour, float]) -> Behaviour:
     """
     if not members:
         raise ValueError("mixture needs at least one (behaviour, share) pair")
-    for member in members:
-        if not (
-            isinstance(member, tuple)
-            and len(member) == 2
-            and isinstance(member[0], Behaviour)
-            and member[1] > 0
-        ):
-            raise ValueError(
-                f"mixture takes pairs (behaviour, share > 0), got {member!r}"
-            )
+    return _mixture(*map(_checked, members))
+
+
+def _checked(member):
+    is_pair = isinstance(member, tuple | list) and len(member) == 2
+    if is_pair and isinstance(member[0], Behaviour):
+        with contextlib.suppress(TypeError, ValueError):
+            if 0 < float(member[1]) < np.inf:
+                return member[0], float(member[1])
+    raise ValueError(
+        f"mixture takes pairs (behaviour, share > 0), got {type(member).__name__}: "
+        f"{member!r}"
+    )
+
+
+@functools.cache
+def _mixture(*members: tuple[Behaviour, float]) -> Behaviour:
     behaviours = [behaviour for behaviour, _ in members]
     shares = np.array([share for _, share in members], np.float64)
     shares /= shares.sum()

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from diffsamp.types import Objective, Requirements
 
 Weight = float | Callable
 
 
-@functools.cache
 def weighted_sum(*members: tuple[Objective, Weight]) -> Objective:
     """Sum of objectives, each times a constant or a schedule of the update count.
 
@@ -22,7 +23,8 @@ def weighted_sum(*members: tuple[Objective, Weight]) -> Objective:
             schedule ``count -> number``.
 
     Raises:
-        ValueError: when there is no member or a member is not such a pair.
+        ValueError: when there is no member, or a member is not such a pair with a
+            finite weight.
 
     Example:
         >>> import optax, diffsamp as ds
@@ -34,16 +36,26 @@ def weighted_sum(*members: tuple[Objective, Weight]) -> Objective:
     """
     if not members:
         raise ValueError("weighted_sum needs at least one (objective, weight) pair")
-    for member in members:
-        if not (
-            isinstance(member, tuple)
-            and len(member) == 2
-            and isinstance(member[0], Objective)
-        ):
-            raise ValueError(
-                "weighted_sum takes pairs (objective, weight), got "
-                f"{type(member).__name__}: {member!r}"
-            )
+    return _weighted_sum(*map(_checked, members))
+
+
+def _checked(member):
+    is_pair = isinstance(member, tuple | list) and len(member) == 2
+    if is_pair and isinstance(member[0], Objective):
+        objective, weight = member
+        if callable(weight):
+            return objective, weight
+        with contextlib.suppress(TypeError, ValueError):
+            if np.isfinite(float(weight)):
+                return objective, float(weight)
+    raise ValueError(
+        "weighted_sum takes pairs (objective, weight) with a finite number or a "
+        f"schedule as weight, got {type(member).__name__}: {member!r}"
+    )
+
+
+@functools.cache
+def _weighted_sum(*members: tuple[Objective, Weight]) -> Objective:
     objectives = [objective for objective, _ in members]
     pilot_paths = sum(o.requires.pilot_paths for o in objectives)
     flags = map(any, zip(*(o.requires for o in objectives), strict=True))
@@ -63,12 +75,16 @@ def weighted_sum(*members: tuple[Objective, Weight]) -> Objective:
 
     def loss(params, states, batch):
         total, metrics = jnp.zeros((), batch.trajectories.log_weight.dtype), {}
+        extra_paths = 0
         for i, (objective, weight) in enumerate(members):
             own = batch._replace(key=jax.random.fold_in(batch.key, i))
             value, extra = objective.loss(member_params(params, i), states[i], own)
             factor = weight(batch.count) if callable(weight) else weight
             total = total + jnp.asarray(factor, total.dtype) * value
             metrics.update({f"loss_{i}": value, **extra})
+            extra_paths += extra.get("extra_paths", 0)
+        if "extra_paths" in metrics:
+            metrics["extra_paths"] = extra_paths
         return total, metrics
 
     def update(params, states, batch):

@@ -1,0 +1,682 @@
+"""Values, gradients against a closed form, requirements, and that each one trains.
+
+The closed form: one dimension, two steps, affine drifts both ways and a Gaussian
+target. Generation and destruction paths are then jointly Gaussian, their divergence is
+known, and log-weights are quadratic in the noise, so that Gauss-Hermite quadrature
+with three nodes per noise is exact for every expectation below. Its weights
+(1, 4, 1) / 6 make it a plain mean over a batch of 6^3 = 216 paths.
+"""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from tables import (
+    BEHAVIOURS,
+    OBJECTIVES,
+    SAMPLERS,
+    mostly_slow,
+    perturbed,
+    sample_skewed,
+    skewed_energy,
+)
+
+import diffsamp as ds
+from diffsamp.types import Batch, Trajectory
+
+# -- the closed form ------------------------------------------------------------------
+
+K, DIFFUSION, LOC, SCALE = 2, 1.2, 0.4, 1.7
+MEAN, STD, LOG_Z = 0.6, 0.8, 0.3  # of the target, in unit coordinates
+STEP = DIFFUSION / K  # std sqrt(h) with std = diffusion / sqrt(K), h = 1 / K
+NOISE = DIFFUSION / np.sqrt(K)
+THETA = {"a": 0.7, "b": -0.5, "c": -0.4, "d": -0.3}
+GENERATION, DESTRUCTION = ("a", "b"), ("c", "d")
+NODES = np.array([-np.sqrt(3)] + [0.0] * 4 + [np.sqrt(3)])
+GRID = np.array(list(itertools.product(NODES, repeat=K + 1)))
+BATCH = len(GRID)
+
+
+def gaussian_energy(x):
+    y = (x - LOC) / SCALE
+    log_norm = np.log(2 * np.pi * (STD * SCALE) ** 2) / 2
+    return 0.5 * jnp.sum(((y - MEAN) / STD) ** 2) + log_norm - LOG_Z
+
+
+def _affine(first, second):
+    def init_fn(key, dim):
+        return {name: jnp.asarray(THETA[name]) for name in (first, second)}
+
+    def drift_fn(params, y, t, context):
+        return params[first] + params[second] * y
+
+    return ds.networks.from_function(init_fn, drift_fn)
+
+
+GAUSSIAN = ds.samplers.gbs(
+    1,
+    K,
+    loc=LOC,
+    scale=SCALE,
+    diffusion=DIFFUSION,
+    network=_affine(*GENERATION),
+    destruction_network=_affine(*DESTRUCTION),
+)
+
+
+def generated(theta, noise):
+    """Generation paths in unit coordinates, [B, K+1], and their moments."""
+    ys, maps = [noise[:, 0]], [(0.0, np.eye(K + 1)[0])]
+    for k in range(K):
+        slope = 1 + STEP * theta["b"]
+        ys.append(STEP * theta["a"] + slope * ys[-1] + NOISE * noise[:, k + 1])
+        offset, row = maps[-1]
+        row = slope * row + NOISE * np.eye(K + 1)[k + 1]
+        maps.append((STEP * theta["a"] + slope * offset, row))
+    return np.stack(ys, 1), _moments(maps)
+
+
+def destroyed(theta, noise):
+    """Destruction paths of the target in unit coordinates, and their moments."""
+    ys, maps = [MEAN + STD * noise[:, K]], [(MEAN, STD * np.eye(K + 1)[K])]
+    for k in reversed(range(K)):
+        slope = 1 + STEP * theta["d"]
+        ys.insert(0, STEP * theta["c"] + slope * ys[0] + NOISE * noise[:, k])
+        offset, row = maps[0]
+        row = slope * row + NOISE * np.eye(K + 1)[k]
+        maps.insert(0, (STEP * theta["c"] + slope * offset, row))
+    return np.stack(ys, 1), _moments(maps)
+
+
+def _moments(maps):
+    offsets, rows = (np.array(v) for v in zip(*maps, strict=True))
+    return offsets, rows @ rows.T
+
+
+def divergence(p, q):
+    """KL(N(p) || N(q))."""
+    (m, s), (n, t) = p, q
+    inverse = np.linalg.inv(t)
+    log_ratio = np.linalg.slogdet(t)[1] - np.linalg.slogdet(s)[1]
+    trace = np.trace(inverse @ s) - len(m)
+    return 0.5 * (trace + (n - m) @ inverse @ (n - m) + log_ratio)
+
+
+def reverse(theta):
+    return divergence(generated(theta, GRID)[1], destroyed(theta, GRID)[1])
+
+
+def forward(theta):
+    return divergence(destroyed(theta, GRID)[1], generated(theta, GRID)[1])
+
+
+def finite_differences(function, step=1e-5):
+    out = {}
+    for name in THETA:
+        up, down = ({**THETA, name: THETA[name] + s * step} for s in (1, -1))
+        out[name] = (function(up) - function(down)) / (2 * step)
+    return out
+
+
+def gaussian_params():
+    return {
+        "generation": {name: jnp.asarray(THETA[name]) for name in GENERATION},
+        "destruction": {name: jnp.asarray(THETA[name]) for name in DESTRUCTION},
+    }
+
+
+def quadrature_gradient(objective, paths, own=None, state=(), on_policy=True):
+    """Loss, gradient in THETA and in the objective's own parameters."""
+    xs = jnp.asarray(LOC + SCALE * paths[:, :, None])
+    rows = jnp.full((BATCH,), on_policy)
+
+    @jax.jit
+    @jax.value_and_grad
+    def loss(params):
+        score = jax.vmap(GAUSSIAN.score, in_axes=(None, 0, None))
+        batch = Batch(
+            trajectories=score(params["sampler"], xs, gaussian_energy),
+            rollouts=None,
+            on_policy=rows,
+            target_draws=~rows,
+            count=jnp.asarray(0),
+            key=jax.random.key(0),
+            sampler=GAUSSIAN,
+            energy=gaussian_energy,
+        )
+        return objective.loss(params, state, batch)[0]
+
+    params = {"sampler": gaussian_params(), "objective": own or {}}
+    value, gradient = loss(params)
+    by_name = {
+        **gradient["sampler"]["generation"],
+        **gradient["sampler"]["destruction"],
+    }
+    return float(value), by_name, gradient["objective"]
+
+
+def assert_gradient(actual, expected, names, factor=1.0, **tolerance):
+    tolerance = tolerance or {"rel": 1e-7, "abs": 1e-8}
+    for name in names:
+        assert float(actual[name]) == pytest.approx(
+            factor * float(expected[name]), **tolerance
+        ), name
+
+
+def test_the_closed_form_is_the_mean_log_weight(x64):
+    """ELBO = log Z - KL on the nodes: the test's own oracle is right."""
+    paths, _ = generated(THETA, GRID)
+    xs = jnp.asarray(LOC + SCALE * paths[:, :, None])
+    score = jax.jit(
+        jax.vmap(lambda x: GAUSSIAN.score(gaussian_params(), x, gaussian_energy))
+    )
+    elbo = np.mean(score(xs).log_weight)
+    assert elbo == pytest.approx(LOG_Z - reverse(THETA), abs=1e-10)
+    paths, _ = destroyed(THETA, GRID)
+    xs = jnp.asarray(LOC + SCALE * paths[:, :, None])
+    eubo = np.mean(score(xs).log_weight)
+    assert eubo == pytest.approx(LOG_Z + forward(THETA), abs=1e-10)
+
+
+# -- gradients against finite differences of the true divergence ----------------------
+
+
+def test_log_derivative_gradient_in_both_kernels(x64):
+    expected = finite_differences(reverse)
+    paths, _ = generated(THETA, GRID)
+    objective = ds.objectives.reverse_kl_log_derivative()
+    _, actual, _ = quadrature_gradient(objective, paths)
+    # The leave-one-out baseline is unbiased for independent rows; on a batch that is
+    # the whole distribution it leaves B / (B - 1).
+    assert_gradient(actual, expected, GENERATION, BATCH / (BATCH - 1))
+    assert_gradient(actual, expected, DESTRUCTION)
+
+
+def test_log_variance_has_twice_the_gradient_in_the_generation_kernel(x64):
+    expected = finite_differences(reverse)
+    paths, _ = generated(THETA, GRID)
+    objective = ds.objectives.log_variance()
+    value, actual, _ = quadrature_gradient(objective, paths)
+    assert_gradient(actual, expected, GENERATION, 2 * BATCH / (BATCH - 1))
+    for name in DESTRUCTION:  # as its docstring says, not for learned destruction
+        assert abs(float(actual[name]) / (2 * expected[name]) - 1) > 0.1
+    assert value > 0
+
+
+@pytest.mark.parametrize("log_z_scale", [1.0, 10.0])
+def test_trajectory_balance_has_the_gradient_of_reverse_kl(x64, log_z_scale):
+    expected = finite_differences(reverse)
+    elbo = LOG_Z - reverse(THETA)
+    paths, _ = generated(THETA, GRID)
+    objective = ds.objectives.trajectory_balance(log_z_scale)
+    offset = jnp.asarray(elbo + 0.1)
+    for raw in (-0.1 / log_z_scale, 0.4):  # at the ELBO, and away from it
+        own = {"log_z": jnp.asarray(raw)}
+        value, actual, own = quadrature_gradient(objective, paths, own, offset)
+        assert_gradient(actual, expected, GENERATION)
+        log_z = elbo + 0.1 + log_z_scale * raw
+        slope = log_z_scale * (log_z - elbo)
+        assert float(own["log_z"]) == pytest.approx(slope, abs=1e-9)
+        assert value > 0.5 * (log_z - elbo) ** 2
+
+
+def test_forward_kl_gradient_in_the_generation_kernel(x64):
+    expected = finite_differences(forward)
+    paths, _ = destroyed(THETA, GRID)
+    objective = ds.objectives.forward_kl()
+    _, actual, _ = quadrature_gradient(objective, paths, on_policy=False)
+    assert_gradient(actual, expected, GENERATION)
+    assert_gradient(actual, dict.fromkeys(DESTRUCTION, 0.0), DESTRUCTION)
+
+
+def test_forward_kl_gradient_on_given_draws(x64):
+    """The draws are the nodes of the target, the noise of tracing back is random."""
+    expected = finite_differences(forward)
+    draws = LOC + SCALE * (MEAN + STD * NODES[:, None])
+    objective = ds.objectives.forward_kl(draws)
+    params = {"sampler": gaussian_params(), "objective": {}}
+    own, state = objective.init(jax.random.key(0), GAUSSIAN, params, gaussian_energy)
+    assert own == {}
+
+    @jax.jit
+    @jax.vmap
+    @jax.grad
+    def gradients(params, key):
+        rows = jnp.zeros((64,), bool)
+        batch = Batch(None, None, rows, rows, 0, key, GAUSSIAN, gaussian_energy)
+        value, metrics = objective.loss(params, state, batch)
+        assert int(metrics["extra_paths"]) == 64
+        return value
+
+    many = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (400,)), params)
+    gradient = gradients(many, jax.random.split(jax.random.key(1), 400))
+    for name in GENERATION:
+        sample = np.asarray(gradient["sampler"]["generation"][name])
+        error = sample.std() / np.sqrt(sample.size)
+        assert error < 0.03
+        assert abs(sample.mean() - expected[name]) < 5 * error, name
+
+
+def test_reverse_kl_gradient_through_the_simulation(x64):
+    expected = finite_differences(reverse)
+
+    @jax.jit
+    def per_path(keys):
+        def loss(params, key):
+            return -GAUSSIAN.rollout(params, key, gaussian_energy)[0].log_weight
+
+        return jax.vmap(jax.value_and_grad(loss), (None, 0))(gaussian_params(), keys)
+
+    values, gradient = per_path(jax.random.split(jax.random.key(0), 4_000))
+    assert abs(np.mean(values) - (reverse(THETA) - LOG_Z)) < 5 * np.std(values) / 63
+    for name in THETA:
+        group = "generation" if name in GENERATION else "destruction"
+        sample = np.asarray(gradient[group][name])
+        error = sample.std() / np.sqrt(sample.size)
+        assert error < 0.1
+        assert abs(sample.mean() - expected[name]) < 5 * error, name
+
+
+# -- values on batches made by hand ---------------------------------------------------
+
+
+def batch_of(log_weight, **fields):
+    """A batch of paths of one step, from log-weights alone."""
+    log_weight = jnp.asarray(log_weight, float)
+    size = log_weight.shape[0]
+    trajectories = Trajectory(
+        xs=jnp.zeros((size, 2, 1)),
+        x=jnp.zeros((size, 1)),
+        log_weight=log_weight,
+        log_prior=jnp.zeros(size),
+        log_generation=fields.pop("log_generation", jnp.zeros((size, 1))),
+        log_destruction=fields.pop("log_destruction", jnp.zeros((size, 1))),
+        energy=jnp.zeros(size),
+    )
+    defaults = {
+        "rollouts": trajectories,
+        "on_policy": jnp.ones(size, bool),
+        "target_draws": jnp.zeros(size, bool),
+        "count": jnp.asarray(0),
+        "key": jax.random.key(0),
+        "sampler": None,
+        "energy": None,
+    }
+    return Batch(trajectories, **{**defaults, **fields})
+
+
+def loss_of(objective, batch, own=None, state=()):
+    params = {"sampler": {}, "objective": own or {}}
+    return objective.loss(params, state, batch)[0]
+
+
+BALANCE = {"own": {"log_z": jnp.asarray(0.2)}, "state": jnp.asarray(1.0)}  # log Z = 3
+SOME_BAD = [1.0, jnp.nan, 3.0, -jnp.inf, 5.0, jnp.inf]
+
+
+def test_values():
+    batch = batch_of([1.0, 3.0, 5.0])
+    objectives = ds.objectives
+    assert loss_of(objectives.log_variance(), batch) == pytest.approx(4.0)
+    assert loss_of(objectives.reverse_kl(), batch) == pytest.approx(-3.0)
+    balance = objectives.trajectory_balance()
+    assert loss_of(balance, batch, **BALANCE) == pytest.approx((4 + 0 + 4) / 6)
+    batch = batch_of(
+        [1.0, 3.0, 5.0],
+        log_generation=jnp.array([[1.0], [2.0], [4.0]]),
+        log_destruction=jnp.array([[0.5], [0.0], [1.0]]),
+        target_draws=jnp.array([True, False, True]),
+    )
+    assert loss_of(objectives.forward_kl(), batch) == pytest.approx(-2.5)
+    # advantages (2, 0, -2) * 3 / 2
+    by_hand = (3.0 * 1 + 0.0 - 3.0 * 4) / 3 - 0.5
+    log_derivative = objectives.reverse_kl_log_derivative()
+    assert loss_of(log_derivative, batch) == pytest.approx(by_hand)
+
+
+def test_log_derivative_ignores_rows_that_are_not_on_policy():
+    rows = jnp.array([True, True, False])
+    full = {
+        "log_generation": jnp.array([[1.0], [2.0], [400.0]]),
+        "log_destruction": jnp.array([[0.5], [0.0], [100.0]]),
+    }
+    objective = ds.objectives.reverse_kl_log_derivative()
+    three = batch_of([1.0, 3.0, 500.0], on_policy=rows, **full)
+    two = batch_of([1.0, 3.0], **{k: v[:2] for k, v in full.items()})
+    assert loss_of(objective, three) == pytest.approx(float(loss_of(objective, two)))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["reverse_kl", "reverse_kl_log_derivative", "log_variance", "trajectory_balance"],
+)
+def test_non_finite_rows_are_left_out_of_value_and_gradient(name):
+    objective = OBJECTIVES[name]()
+    extra = BALANCE if name == "trajectory_balance" else {}
+
+    def loss(scale, log_weight):
+        log_weight = jnp.asarray(log_weight)
+        log_generation = jnp.zeros((log_weight.size, 1)) + scale
+        batch = batch_of(scale * log_weight, log_generation=log_generation)
+        return loss_of(objective, batch, **extra)
+
+    some, good = (
+        jax.value_and_grad(loss)(1.0, rows) for rows in (SOME_BAD, [1.0, 3.0, 5.0])
+    )
+    assert float(some[0]) == pytest.approx(float(good[0]))
+    if np.isfinite(some[1]):  # inf * 0 in a gradient through the weight itself
+        assert float(some[1]) == pytest.approx(float(good[1]))
+    assert np.isnan(loss(1.0, [jnp.nan, jnp.inf, -jnp.inf]))
+
+
+def test_forward_kl_without_a_usable_row_is_nan():
+    batch = batch_of([1.0, 3.0])
+    assert np.isnan(loss_of(ds.objectives.forward_kl(), batch))
+
+
+def test_row_outside_the_support_leaves_a_finite_gradient():
+    """An infinite energy makes a log-weight of -inf; the kernels stay fine."""
+    sampler = SAMPLERS["dis_free"]()
+    params = sampler.init(jax.random.key(0))
+
+    def half_line(x):
+        return jnp.where(x[0] > 0, skewed_energy(x), jnp.inf)
+
+    @jax.jit
+    @jax.value_and_grad
+    def loss(params):
+        keys = jax.random.split(jax.random.key(1), 16)
+        draw = jax.vmap(sampler.simulate, in_axes=(None, 0, None))
+        score = jax.vmap(sampler.score_path, in_axes=(None, 0))
+        batch = batch_of(jnp.zeros(16))._replace(
+            trajectories=score(params, draw(params, keys, half_line))
+        )
+        assert batch.on_policy.shape == (16,)
+        objective = ds.objectives.log_variance()
+        return objective.loss({"sampler": params}, (), batch)[0]
+
+    value, gradient = loss(params)
+    assert np.isfinite(value)
+    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(gradient))
+
+
+# -- factories, pilots, sums ----------------------------------------------------------
+
+
+def test_factories_return_one_object():
+    """Equal recipes then share one compilation."""
+    objectives = ds.objectives
+    assert objectives.reverse_kl() is objectives.reverse_kl()
+    assert objectives.trajectory_balance() is objectives.trajectory_balance()
+    assert objectives.trajectory_balance(2.0) is not objectives.trajectory_balance()
+    assert objectives.forward_kl() is objectives.forward_kl()
+    twice = [
+        objectives.weighted_sum(
+            (objectives.log_variance(), 1), [objectives.reverse_kl(), w]
+        )
+        for w in (2.0, jnp.asarray(2.0))
+    ]
+    assert twice[0] is twice[1]
+
+
+def test_trajectory_balance_starts_at_the_log_mean_weight_of_a_pilot():
+    sampler = SAMPLERS["pis"](num_steps=2)
+    params = sampler.init(jax.random.key(0))
+    objective = ds.objectives.trajectory_balance()
+    own, offset = objective.init(jax.random.key(1), sampler, params, skewed_energy)
+    assert own["log_z"] == 0.0
+    assert objective.requires.pilot_paths > 0
+    assert float(offset) == pytest.approx(0.7, abs=0.3)  # log Z of this target
+    nowhere = objective.init(
+        jax.random.key(1), sampler, params, lambda x: jnp.sum(x) * 0 + jnp.inf
+    )
+    assert nowhere[1] == 0.0
+
+
+@pytest.mark.parametrize("log_z_scale", [0.0, -1.0, float("nan")])
+def test_bad_log_z_scale(log_z_scale):
+    with pytest.raises(ValueError, match="log_z_scale must be positive"):
+        ds.objectives.trajectory_balance(log_z_scale)
+
+
+@pytest.mark.parametrize(
+    ("draws", "match"),
+    [
+        (np.zeros(3), r"draws must have shape \[N, D\], got \[3\]"),
+        (np.zeros((0, 2)), r"draws must have shape \[N, D\], got \[0, 2\]"),
+        (np.array([[1.0, np.nan]]), "draws must be finite"),
+    ],
+)
+def test_bad_draws(draws, match):
+    with pytest.raises(ValueError, match=match):
+        ds.objectives.forward_kl(draws)
+    with pytest.raises(ValueError, match=match):
+        ds.behaviours.reference_draws(draws)
+
+
+def test_draws_of_another_dimension():
+    objective = ds.objectives.forward_kl(np.zeros((4, 3)))
+    with pytest.raises(ValueError, match="draws must have 2 columns, got 3"):
+        objective.init(jax.random.key(0), SAMPLERS["pis"](), {}, skewed_energy)
+
+
+def test_weighted_sum_weighs_and_schedules_on_one_batch():
+    objectives = ds.objectives
+    fading = optax.linear_schedule(1.0, 0.0, 10)
+    total = objectives.weighted_sum(
+        (objectives.log_variance(), 0.5),
+        (objectives.trajectory_balance(), fading),
+        (objectives.log_variance(), -2.0),
+    )
+    params = {"sampler": {}, "objective": {"0": {}, "1": BALANCE["own"], "2": {}}}
+    state = ((), BALANCE["state"], ())
+    for count, factor in ((0, 1.0), (4, 0.6), (10, 0.0), (20, 0.0)):
+        batch = batch_of([1.0, 3.0, 5.0], count=jnp.asarray(count))
+        value, metrics = total.loss(params, state, batch)
+        assert float(value) == pytest.approx(-1.5 * 4.0 + factor * 8 / 6, abs=1e-5)
+        assert float(metrics["loss_0"]) == float(metrics["loss_2"]) == 4.0
+        assert float(metrics["log_z"]) == 3.0
+    assert total.update(params, state, batch) == state
+
+
+def test_weighted_sum_joins_requirements_and_states():
+    objectives = ds.objectives
+    draws = sample_skewed(jax.random.key(0), 16)
+    total = objectives.weighted_sum(
+        (objectives.reverse_kl(), 1.0),
+        (objectives.forward_kl(), 1.0),
+        (objectives.trajectory_balance(), 1.0),
+        (objectives.forward_kl(draws), 1.0),
+    )
+    requires = total.requires
+    assert requires.simulation_gradient
+    assert requires.on_policy
+    assert requires.target_draws
+    assert requires.pilot_paths == objectives.trajectory_balance().requires.pilot_paths
+    nested = objectives.weighted_sum((total, 0.5), (objectives.trajectory_balance(), 1))
+    assert nested.requires.pilot_paths == 2 * requires.pilot_paths
+    sampler = SAMPLERS["pis"](num_steps=2)
+    params = sampler.init(jax.random.key(0))
+    own, states = total.init(jax.random.key(0), sampler, params, skewed_energy)
+    assert set(own) == {"0", "1", "2", "3"}
+    assert set(own["2"]) == {"log_z"}
+    assert states[3].shape == (16, 2)
+
+
+@pytest.mark.parametrize(
+    "members",
+    [
+        (),
+        (ds.objectives.log_variance(),),
+        (ds.objectives.log_variance, 1.0),
+        ((ds.objectives.log_variance, 1.0),),
+        ((1.0, ds.objectives.log_variance()),),
+        ((ds.objectives.log_variance(), 1.0, 2.0),),
+        ((ds.objectives.log_variance(), "a lot"),),
+        ((ds.objectives.log_variance(), float("nan")),),
+        ((ds.objectives.log_variance(), None),),
+        ((ds.objectives.log_variance(), np.ones(2)),),
+    ],
+)
+def test_bad_members_of_a_weighted_sum(members):
+    with pytest.raises(ValueError, match="weighted_sum"):
+        ds.objectives.weighted_sum(*members)
+
+
+# -- what an objective needs ----------------------------------------------------------
+
+UNDEFINED = [
+    ("reverse_kl", "mixture", r"needs behaviours\.on_policy\(\) alone"),
+    ("reverse_kl", "exploration", r"needs behaviours\.on_policy\(\) alone"),
+    ("reverse_kl_log_derivative", "exploration", "needs on-policy rows"),
+    ("reverse_kl_log_derivative", "reference_draws", "needs on-policy rows"),
+    ("forward_kl", "on_policy", r"needs paths into target draws.*smc_seeded"),
+    ("forward_kl", "mixture", r"needs paths into target draws.*reference_draws"),
+    ("log_variance", "replay", r"only repeats what another one found.*on_policy\(\)"),
+]
+
+
+def _fit(objective, behaviour, sampler=None, **options):
+    settings = {"num_updates": 1, "batch_size": 8, **options}
+    sampler = sampler or SAMPLERS["pis"](num_steps=2)
+    return ds.fit(
+        jax.random.key(0),
+        sampler,
+        objective,
+        skewed_energy,
+        behaviour=behaviour,
+        progress_bar=False,
+        **settings,
+    )
+
+
+@pytest.mark.parametrize(("objective", "behaviour", "match"), UNDEFINED)
+def test_undefined_combinations_say_what_is_missing(objective, behaviour, match):
+    with pytest.raises(ValueError, match=match):
+        _fit(OBJECTIVES[objective](), BEHAVIOURS[behaviour]())
+
+
+def test_a_sum_needs_what_its_members_need():
+    total = ds.objectives.weighted_sum(
+        (ds.objectives.log_variance(), 1.0), (ds.objectives.forward_kl(), 1.0)
+    )
+    with pytest.raises(ValueError, match="needs paths into target draws"):
+        _fit(total, ds.behaviours.on_policy())
+
+
+@pytest.mark.parametrize(
+    ("objective", "behaviour", "match"),
+    [
+        (ds.objectives.log_variance, None, "objective must come from .* called"),
+        (None, None, "objective must come from"),
+        (
+            ds.objectives.log_variance(),
+            ds.behaviours.replay,
+            "behaviour must come from",
+        ),
+    ],
+)
+def test_uncalled_factories_are_named(objective, behaviour, match):
+    with pytest.raises(ValueError, match=match):
+        _fit(objective, behaviour)
+
+
+# -- training -------------------------------------------------------------------------
+
+
+def _behaviour_for(objective):
+    behaviours, requires = ds.behaviours, objective.requires
+    if requires.simulation_gradient:
+        return behaviours.on_policy()
+    members = [(behaviours.on_policy(), 0.75)]
+    if requires.target_draws:
+        draws = sample_skewed(jax.random.key(100), 512)
+        members.append((behaviours.reference_draws(draws), 0.75))
+    else:
+        members.append((behaviours.replay(256), 0.25))
+    return behaviours.mixture(*members)
+
+
+TRAINED = [(objective, sampler) for objective in OBJECTIVES for sampler in SAMPLERS]
+FAST = {
+    ("reverse_kl", "gbs"),
+    ("reverse_kl_log_derivative", "gbs_variance"),
+    ("log_variance", "dis"),
+    ("trajectory_balance", "pis"),
+    ("forward_kl", "dds"),
+    ("forward_kl_draws", "dis_free"),
+}
+
+
+@pytest.mark.parametrize(("objective", "sampler"), mostly_slow(TRAINED, *FAST))
+def test_objective_closes_the_gap(objective, sampler):
+    """100 small updates bring the gap between log Z and the ELBO down."""
+    sampler, objective = SAMPLERS[sampler](num_steps=6), OBJECTIVES[objective]()
+    start = perturbed(sampler.init(jax.random.key(0)), 0.1)
+    fit = _fit(
+        objective,
+        _behaviour_for(objective),
+        sampler,
+        params=start,
+        optimizer=optax.adam(1e-2),
+        num_updates=150,
+        batch_size=64,
+        updates_per_chunk=50,
+        ema_decay=None,
+    )
+    assert fit.num_skipped == 0
+    assert np.all(np.isfinite(fit.metrics["loss"]))
+    gap = 0.7 - fit.metrics["elbo"]
+    before, after = np.mean(gap[:5]), np.mean(gap[-30:])
+    assert -0.1 < after < 0.6 * before
+
+
+def test_labels_choose_what_moves():
+    sampler = SAMPLERS["gbs"](num_steps=2)
+    objective = ds.objectives.weighted_sum(
+        (ds.objectives.log_variance(), 1.0), (ds.objectives.trajectory_balance(), 1.0)
+    )
+    start = sampler.init(jax.random.key(0))
+    trainable = {
+        "sampler": start,
+        "objective": {"0": {}, "1": {"log_z": jnp.zeros(())}},
+    }
+    labels = ds.param_labels(trainable)
+    assert set(jax.tree.leaves(labels)) == {"generation", "destruction", "log_z"}
+    assert jax.tree.structure(labels) == jax.tree.structure(trainable)
+    optimizer = optax.multi_transform(
+        {
+            "generation": optax.set_to_zero(),
+            "destruction": optax.sgd(1e-3),
+            "log_z": optax.sgd(1.0),
+        },
+        ds.param_labels,
+    )
+    fit = _fit(
+        objective,
+        ds.behaviours.on_policy(),
+        sampler,
+        params=start,
+        optimizer=optimizer,
+        num_updates=3,
+        max_grad_norm=None,
+        ema_decay=None,
+    )
+    moved = jax.tree.map(lambda a, b: not np.array_equal(a, b), fit.params, start)
+    assert not any(jax.tree.leaves(moved["generation"]))
+    assert any(jax.tree.leaves(moved["destruction"]))
+    assert float(fit.state.params["objective"]["1"]["log_z"]) != 0.0
+
+
+def test_own_groups_are_labelled_by_their_name():
+    params = {
+        "sampler": {"generation": 0.0},
+        "objective": {"flow": [0.0], "other": 0.0},
+    }
+    assert ds.param_labels(params) == {
+        "sampler": {"generation": "generation"},
+        "objective": {"flow": ["flow"], "other": "other"},
+    }
