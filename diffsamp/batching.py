@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from diffsamp.energies import as_energy
 from diffsamp.sampler import Final, Sampler
 from diffsamp.types import Array, Energy, Key, Params
 
@@ -33,7 +34,7 @@ def draw_final(
     """Last states, weights and energies of ``num_draws`` paths, on the host."""
     num_blocks = -(-batch_size // BLOCK)
     size = num_blocks * BLOCK
-    parts = []
+    energy, parts = as_energy(energy), []
     for start in range(0, num_draws, size):
         part = _draw_blocks(sampler, num_blocks, params, key, energy, np.int32(start))
         keep = min(size, num_draws - start)
@@ -43,6 +44,7 @@ def draw_final(
 
 def pilot(key: Key, sampler: Sampler, params: Params, energy: Energy) -> Final:
     """`BATCH` draws as device arrays, traceable, by the same compiled program."""
+    energy = as_energy(energy)
     return _draw_blocks(sampler, BATCH // BLOCK, params, key, energy, np.int32(0))
 
 
@@ -57,7 +59,7 @@ def trace_back_log_weights(
     """Log-weights of paths traced back from points x [M, D], on the host."""
     num_blocks = -(-batch_size // BLOCK)
     size = num_blocks * BLOCK
-    parts = []
+    energy, parts = as_energy(energy), []
     for start in range(0, x.shape[0], size):
         rows = x[start : start + size]
         padding = jnp.broadcast_to(rows[:1], (size - len(rows), x.shape[1]))

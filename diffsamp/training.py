@@ -401,6 +401,8 @@ def fit(
 
     def run(state, num) -> tuple[TrainState, dict[str, Array], Cost]:
         spent = (time.perf_counter() - begin) / max_seconds if max_seconds else 0.0
+        if max_energy_evaluations:
+            spent = max(spent, progress.num_evaluations / max_energy_evaluations)
         share = np.float32(min(spent, 1.0))
         return chunk(state, energy, np.int32(num), total_or_never, first, share)
 

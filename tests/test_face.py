@@ -83,6 +83,9 @@ def test_the_face_runs_as_written(tmp_path):
     wanted = {"elbo", "eubo", "log_z", "ess", "sinkhorn", "w2", "mode_weights"}
     assert wanted <= set(report)
     assert report["elbo"] < 0 < report["eubo"]
+    for name in ("sinkhorn", "sinkhorn_scds_n200"):  # the latter depends on N
+        assert np.isfinite(report[name])
+        assert 0 < report[f"{name}_floor"] < report[f"{name}_unweighted"]
 
     path = tmp_path / "sampler.ds"
     ds.save(path, sampler, fit.params)

@@ -116,30 +116,50 @@ def test_keys(probes):
     assert not np.array_equal(other.x, raw.x)
 
 
-def test_smc_from_the_prior():
-    def log_prior(x):
-        return jnp.sum(jax.scipy.stats.norm.logpdf(x, scale=5.0))
+def _smc_result(reached):
+    return ds.mcmc.SMCResult(
+        particles=jnp.arange(8.0).reshape(4, DIM),
+        log_weight=jnp.log(jnp.arange(4.0)),
+        log_z=jnp.zeros(()),
+        num_iterations=jnp.array(3),
+        num_energy_evaluations=jnp.array(70),
+        num_gradient_evaluations=jnp.array(80),
+        acceptance=jnp.array(0.8),
+        beta=jnp.array(1.0 if reached else 0.25),
+        reached_target=jnp.array(reached),
+    )
 
-    target = ds.Target(
-        energy=lambda x: TWO_MODES(x) - log_prior(x),
-        dim=DIM,
-        log_prior=log_prior,
-        log_likelihood=lambda x: -TWO_MODES(x),
-        sample_prior=lambda key, n: 5.0 * jax.random.normal(key, (n, DIM)),
-    )
-    probe = ds.probes.smc_from_prior(
-        jax.random.key(0), target, num_particles=256, num_mcmc_steps=2
-    )
-    assert probe.x.shape == (256, DIM)
-    assert 0.2 < np.mean(np.asarray(probe.x)[:, 0] > 0) < 0.8
-    assert probe.num_gradient_evaluations > 0
-    with pytest.raises(ValueError, match="prior"):
-        ds.probes.smc_from_prior(
-            jax.random.key(0), ds.Target(energy=TWO_MODES, dim=DIM)
+
+def test_smc_from_the_prior(monkeypatch):
+    """The wrapper alone; what it wraps runs in test_mcmc.py."""
+    target, calls = ds.Target(energy=TWO_MODES, dim=DIM), []
+
+    def smc_from_prior(key, target, **options):
+        calls.append((target, options))
+        return _smc_result(True)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ds.mcmc, "smc_from_prior", smc_from_prior)
+        probe = ds.probes.smc_from_prior(
+            jax.random.PRNGKey(0), target, num_particles=64, num_mcmc_steps=2
         )
+    assert calls == [(target, {"num_particles": 64, "num_mcmc_steps": 2})]
+    np.testing.assert_array_equal(probe.x, np.arange(8.0).reshape(4, DIM))
+    np.testing.assert_allclose(probe.weights, np.arange(4) / 6, rtol=1e-5)
+    assert (probe.num_energy_evaluations, probe.num_gradient_evaluations) == (70, 80)
+    with pytest.raises(ValueError, match="prior"):
+        ds.probes.smc_from_prior(jax.random.key(0), target)
 
 
-def test_smc_that_does_not_arrive_says_so():
+def test_smc_that_did_not_arrive_says_so(monkeypatch):
+    monkeypatch.setattr(
+        ds.mcmc, "smc_from_gaussian", lambda *_, **__: _smc_result(False)
+    )
+    with pytest.raises(ValueError, match=r"temperature 0\.25.*wider reference"):
+        _probe("smc", TWO_MODES)
+
+
+def test_smc_finds_no_density():
     nowhere = Partial(_energy, jnp.full(DIM, jnp.nan))
     with pytest.raises(ValueError, match=r"inverse temperature.*wider reference"):
         _probe("smc", nowhere)

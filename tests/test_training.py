@@ -353,15 +353,19 @@ def test_evaluations_are_counted_as_they_happen(case):
     assert result.num_network_evaluations > 0
 
 
-def test_smc_of_the_behaviour_is_counted():
-    behaviour = ds.behaviours.smc_seeded(32, num_mcmc_steps=1)
-    _, cost = behaviour.init(
-        jax.random.key(0), SAMPLER, SAMPLER.init(jax.random.key(1)), energy_of()
-    )
-    result = fit(0, behaviour=behaviour)
-    assert int(cost.gradient) > 0
-    assert result.num_energy_evaluations > PILOT
-    assert result.num_gradient_evaluations > 0
+def test_what_the_behaviour_spends_is_counted():
+    """As tempered SMC does: something at the start, something at every third update."""
+
+    def init(key, sampler, params, energy):
+        return (), ds.Cost(1_000, 2_000)
+
+    def update(state, key, sampler, params, energy, trajectories, proposal, count):
+        return state, ds.Cost(*(jnp.where(count % 3 == 2, c, 0) for c in (10, 20)))
+
+    behaviour = ds.behaviours.on_policy()._replace(init=init, update=update)
+    result = fit(7, behaviour=behaviour)
+    assert result.num_energy_evaluations == PILOT + 1_000 + 7 * BATCH + 2 * 10
+    assert result.num_gradient_evaluations == 2_000 + 2 * 20
 
 
 # ----------------------------------------------------------------------- optimisers
