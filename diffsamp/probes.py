@@ -58,7 +58,7 @@ def given(draws: ArrayLike) -> Probe:
 
     Example:
         >>> import jax, diffsamp as ds
-        >>> draws = ds.targets.gmm9().sample(jax.random.key(0), 500)
+        >>> draws = ds.targets.gmm9().sample(jax.random.key(0), 256)
         >>> ds.probes.given(draws).name
         'given draws'
     """

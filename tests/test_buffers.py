@@ -101,5 +101,5 @@ def test_same_key_same_draws():
 def test_bad_arguments():
     with pytest.raises(ValueError, match="capacity must be at least 1, got 0"):
         buffers.init(0, 2)
-    with pytest.raises(ValueError, match="cannot add 3 points .* buffer of 2"):
+    with pytest.raises(ValueError, match=r"cannot add 3 points .* buffer of 2"):
         buffers.add(buffers.init(2, 1), *points(1.0, 2.0, 3.0))

@@ -58,6 +58,7 @@ def test_readme_example_is_right():
     assert abs(float(weights[x[:, 0] < 0].sum()) - 0.8) < 0.05
 
 
+@pytest.mark.slow  # test_face.py runs the same every time
 def test_face_of_the_design_page_runs(tmp_path):
     text = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
     code = re.search(r"## The face\n\n```python\n(.*?)\n```", text, re.DOTALL).group(1)
@@ -71,6 +72,21 @@ def test_face_of_the_design_page_runs(tmp_path):
     exec(compile(code, "design.md", "exec"), namespace)
     assert namespace["trajectory"].xs.shape == (11, 2)
     assert namespace["draws"].x.shape == (2_000, 2)
+
+
+def test_snippets_parse_and_name_only_what_exists():
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/**/*.md")]
+    names = set()
+    for page in pages:
+        text = page.read_text(encoding="utf-8")
+        for code in re.findall(r"```python\n(.*?)\n```", text, re.DOTALL):
+            ast.parse(code)
+        names |= set(re.findall(r"\bds\.([A-Za-z_][\w.]*\w)", text))
+    for name in sorted(names):
+        value = diffsamp
+        for part in name.split("."):
+            assert hasattr(value, part), f"ds.{name}"
+            value = getattr(value, part)
 
 
 def test_readme_has_exactly_two_set_up_commands():

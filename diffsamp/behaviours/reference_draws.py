@@ -20,7 +20,7 @@ def reference_draws(draws: Array) -> Behaviour:
 
     Example:
         >>> import jax, diffsamp as ds
-        >>> draws = ds.targets.gmm9().sample(jax.random.key(0), 100)
+        >>> draws = ds.targets.gmm9().sample(jax.random.key(0), 256)
         >>> ds.behaviours.reference_draws(draws).provides.target_draws
         True
     """

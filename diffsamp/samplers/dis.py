@@ -61,8 +61,9 @@ def dis(
         >>> target = ds.targets.gmm9()
         >>> sampler = ds.samplers.dis(dim=2, num_steps=8, scale=4.0)
         >>> params = sampler.init(jax.random.key(0))
-        >>> sampler(params, jax.random.key(1), target.energy).log_weight.shape
-        ()
+        >>> trajectory = sampler(params, jax.random.key(1), target.energy)
+        >>> trajectory.xs.shape, trajectory.log_weight.shape
+        ((9, 2), ())
     """
     return Sampler(
         dim=dim,

@@ -50,12 +50,10 @@ def pis(
         ValueError: see `Sampler`.
 
     Example:
-        >>> import jax, diffsamp as ds
-        >>> target = ds.targets.gmm9()
+        >>> import diffsamp as ds
         >>> sampler = ds.samplers.pis(dim=2, num_steps=8, scale=4.0)
-        >>> params = sampler.init(jax.random.key(0))
-        >>> sampler(params, jax.random.key(1), target.energy).xs.shape
-        (9, 2)
+        >>> sampler.process.coefficients(8).destruction_std[0]  # into the point
+        np.float64(0.0)
     """
     return Sampler(
         dim=dim,
