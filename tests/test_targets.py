@@ -35,6 +35,11 @@ VARIANTS = {
 }
 
 
+def variants_slow(names):
+    slow = pytest.mark.slow
+    return [pytest.param(n, marks=slow) if n in VARIANTS else n for n in names]
+
+
 @jax.jit
 def energies(energy, xs):
     return jax.lax.map(energy, xs, batch_size=20_000)
@@ -194,7 +199,7 @@ GRIDS = {
 }
 
 
-@pytest.mark.parametrize("name", GRIDS)
+@pytest.mark.parametrize("name", variants_slow(GRIDS))
 def test_planar_log_z_and_mode_weights_by_quadrature(name, x64):
     target = targets.by_name(name)
     xs, log_area = GRIDS[name]()
@@ -376,7 +381,7 @@ def test_sampler_satisfies_integration_by_parts(name):
         assert np.all(np.abs(statistic.mean(axis=0) - expected) < 5 * error)
 
 
-@pytest.mark.parametrize("name", WITH_MODES)
+@pytest.mark.parametrize("name", variants_slow(WITH_MODES))
 def test_mode_weights_are_frequencies_of_exact_draws(name):
     target = by_name(name)
     xs = exact_draws(name)

@@ -274,7 +274,11 @@ def test_credit_log_z_by_importance_sampling(name, x64):
 
 @pytest.mark.parametrize(
     ("name", "num_temperatures"),
-    [("ionosphere", 8), ("sonar", 8), ("breast_cancer", 12)],
+    [
+        ("sonar", 8),
+        pytest.param("ionosphere", 8, marks=pytest.mark.slow),
+        pytest.param("breast_cancer", 12, marks=pytest.mark.slow),
+    ],
 )
 def test_skewed_regression_log_z_by_tempering(name, num_temperatures, x64):
     target, rng = by_name(name), np.random.default_rng(0)
