@@ -483,9 +483,13 @@ def test_bad_numbers_for_smc(arguments):
 # -- cost -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", mostly_slow(BEHAVIOURS, "mixture"))
-@pytest.mark.parametrize("sampler", mostly_slow(["affine", "gbs"], "affine"))
-def test_fit_counts_the_evaluations_it_makes(name, sampler):
+COUNTED = [("affine", name) for name in BEHAVIOURS] + [("gbs", "mixture")]
+
+
+@pytest.mark.parametrize(
+    ("sampler", "name"), mostly_slow(COUNTED, ("affine", "mixture"))
+)
+def test_fit_counts_the_evaluations_it_makes(sampler, name):
     sampler = SAMPLER if sampler == "affine" else SAMPLERS[sampler](num_steps=K)
     behaviour = BEHAVIOURS[name]()
     if name == "replay":
@@ -525,46 +529,3 @@ def test_initial_pilots_are_in_the_count():
     pilot_paths = ds.objectives.trajectory_balance().requires.pilot_paths
     assert int(cost.energy) == pilot_paths
     assert float(state.objective_state) == pytest.approx(LOG_Z, abs=1.0)
-
-
-# -- the main job in small ------------------------------------------------------------
-
-
-@pytest.mark.slow
-def test_seeded_training_finds_the_mode_that_on_policy_training_loses():
-    sampler = ds.samplers.dis(
-        2, 20, scale=2.0, network=ds.networks.annealed_score_guided(32, 1)
-    )
-    behaviours = ds.behaviours
-
-    def far(x):
-        return two_modes(x * 0.5)  # modes at distance 14 from each other, log Z = log 4
-
-    seeded = behaviours.mixture(
-        (behaviours.on_policy(), 0.5), (behaviours.smc_seeded(512), 0.5)
-    )
-    shares = {}
-    for name, behaviour in (("on", behaviours.on_policy()), ("seeded", seeded)):
-        fit = ds.fit(
-            jax.random.key(0),
-            dataclasses.replace(sampler, loc=(-6.0, 3.0)),
-            ds.objectives.log_variance(),
-            far,
-            behaviour=behaviour,
-            optimizer=optax.adam(3e-3),
-            num_updates=600,
-            batch_size=128,
-            progress_bar=False,
-        )
-        keys = jax.random.split(jax.random.key(1), 1_000)
-        draw = jax.jit(
-            jax.vmap(
-                lambda key, params=fit.params: dataclasses.replace(
-                    sampler, loc=(-6.0, 3.0)
-                ).final(params, key, far)
-            )
-        )
-        x = np.asarray(draw(keys).x)
-        shares[name] = np.mean(x[:, 0] > 0)
-    assert shares["on"] < 0.01
-    assert 0.1 < shares["seeded"] < 0.6

