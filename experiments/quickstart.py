@@ -161,7 +161,7 @@ def parse():
     parser.add_argument("--objective", choices=OBJECTIVES, default="log_variance")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=pathlib.Path, default="outputs/quickstart")
-    parser.add_argument("--seconds", type=float, default=75.0, help="training time")
+    parser.add_argument("--seconds", type=float, default=65.0, help="of updates")
     parser.add_argument("--num-draws", type=int, default=20_000)
     parser.add_argument("--num-particles", type=int, default=2_048)
     return parser.parse_args()
