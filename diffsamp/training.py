@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
+import inspect
 import os
 import re
 import time
@@ -27,7 +29,7 @@ from diffsamp import batching, behaviours
 from diffsamp import checkpoint as files
 from diffsamp.behaviours import common
 from diffsamp.energies import as_energy, as_key, check_energy
-from diffsamp.sampler import Sampler
+from diffsamp.sampler import Evaluations, Sampler
 from diffsamp.types import Array, Batch, Behaviour, Cost, Energy, Key, Objective, Params
 
 MAX_CHUNK = 500
@@ -383,7 +385,7 @@ def fit(
         anneal,
     )
     pilot_key, init_key = jax.random.split(key)
-    progress = _Progress(sampler, batch_size)
+    progress = _Progress(recipe)
     resumed = checkpoint is not None and os.path.exists(checkpoint)
     if resumed:
         shapes = jax.eval_shape(lambda k: init(k, recipe, energy, params)[0], init_key)
@@ -542,9 +544,12 @@ def _chunk(recipe, length, state, energy, num, total, first, share):
 class _Progress:
     """Host-side counts and history of one run, and their checkpoint."""
 
-    def __init__(self, sampler: Sampler, batch_size: int):
-        self.price = sampler.evaluations_per_path
-        self.batch_size = batch_size
+    def __init__(self, recipe: Recipe):
+        self.price = price = recipe.sampler.evaluations_per_path
+        if recipe.objective.requires.simulation_gradient:  # energies are differentiated
+            price = Evaluations(0, price.energy + price.gradient, price.network)
+        self.training_price = price
+        self.batch_size = recipe.batch_size
         self.num_energy = self.num_gradient = self.num_network = 0
         self.first = 0
         self._history: list[dict[str, np.ndarray]] = []
@@ -559,7 +564,8 @@ class _Progress:
         return {n: np.concatenate([m[n] for m in self._history]) for n in names}
 
     def updates_within(self, budget: int) -> int:
-        per_update = self.batch_size * (self.price.energy + self.price.gradient)
+        price = self.training_price
+        per_update = self.batch_size * (price.energy + price.gradient)
         return max(1, (budget - self.num_evaluations) // per_update)
 
     def add_pilot(self, paths: int) -> None:
@@ -574,9 +580,9 @@ class _Progress:
     def add_chunk(self, num: int, metrics: dict[str, np.ndarray], cost: Cost) -> None:
         paths = num * self.batch_size
         self.add_cost(cost)
-        self.num_energy += paths * self.price.energy
-        self.num_gradient += paths * self.price.gradient
-        self.num_network += 2 * paths * self.price.network
+        self.num_energy += paths * self.training_price.energy
+        self.num_gradient += paths * self.training_price.gradient
+        self.num_network += 2 * paths * self.training_price.network
         self._history.append(metrics)
 
     def write(self, path, recipe: Recipe, state: TrainState) -> None:
@@ -595,11 +601,16 @@ class _Progress:
                 f"{path} holds {header.get('kind')!r}, not a training checkpoint; it "
                 "was left untouched. Choose another path"
             )
-        if header["configuration"] != _configuration(recipe):
+        held, wanted = header["configuration"], _configuration(recipe)
+        if held != wanted:
+            differences = [
+                f"\n  {name}: it holds {held.get(name)}, wanted {wanted[name]}"
+                for name in wanted
+                if held.get(name) != wanted[name]
+            ]
             raise files.CheckpointError(
                 f"{path} was written for another configuration and was left "
-                f"untouched.\n  it holds: {header['configuration']}\n"
-                f"  wanted:   {_configuration(recipe)}\n"
+                f"untouched.{''.join(differences)}\n"
                 "Choose another path, or restore the settings"
             )
         state = files.restore(shapes, payload["state"], path)
@@ -610,12 +621,53 @@ class _Progress:
         return state
 
 
-def _configuration(recipe: Recipe) -> str:
-    text = (
-        f"{recipe.sampler!r}, batch_size={recipe.batch_size}, "
-        f"ema_decay={recipe.ema_decay}"
-    )
-    return re.sub(r" at 0x[0-9a-fA-F]+", "", text)  # functions move between processes
+def _configuration(recipe: Recipe) -> dict[str, str]:
+    """What has to be the same for a run to go on, readable and stable over processes.
+
+    Functions are told apart by a digest of all they close over: `log_variance` from
+    `trajectory_balance`, and Adam at 1e-3 from Adam at 1e-4.
+    """
+
+    def name_and_digest(function):
+        digest = hashlib.sha256(_described(function).encode()).hexdigest()[:8]
+        return f"{getattr(function, '__module__', None)} {digest}"
+
+    parts = {
+        "sampler": repr(recipe.sampler),
+        "batch_size": str(recipe.batch_size),
+        "ema_decay": str(recipe.ema_decay),
+        "objective": name_and_digest(recipe.objective.loss),
+        "behaviour": name_and_digest(recipe.behaviour.propose),
+        "optimizer": name_and_digest(recipe.optimizer.update),
+        "anneal": name_and_digest(recipe.anneal),
+    }
+    # Functions move in memory between processes.
+    return {k: re.sub(r" at 0x[0-9a-fA-F]+", "", text) for k, text in parts.items()}
+
+
+def _described(value: Any, seen: tuple[int, ...] = ()) -> str:
+    """Text of a function and of everything it closes over."""
+    if id(value) in seen:
+        return "..."
+    seen = (*seen, id(value))
+    if isinstance(value, jax.Array | np.ndarray):
+        if jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
+            value = jax.random.key_data(value)
+        array = np.asarray(value)
+        digest = hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
+        return f"{array.dtype}{array.shape}{digest}"
+    if isinstance(value, dict):
+        value = tuple(sorted(value.items(), key=lambda item: str(item[0])))
+    if isinstance(value, tuple | list):
+        return f"({', '.join(_described(v, seen) for v in value)})"
+    if isinstance(value, functools.partial):
+        return _described((value.func, value.args, value.keywords), seen)
+    function = inspect.unwrap(value) if callable(value) else value
+    if inspect.isfunction(function):
+        cells = inspect.getclosurevars(function).nonlocals
+        held = (cells, function.__defaults__, function.__kwdefaults__)
+        return f"{function.__module__}.{function.__qualname__}{_described(held, seen)}"
+    return repr(value)
 
 
 def _optimizer(optimizer, max_grad_norm):

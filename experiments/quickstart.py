@@ -167,6 +167,15 @@ def parse():
     return parser.parse_args()
 
 
+def dumps(numbers):
+    """JSON, which knows no infinity: an infinite error bar becomes null."""
+    finite = {
+        name: None if isinstance(v, float) and not np.isfinite(v) else v
+        for name, v in numbers.items()
+    }
+    return json.dumps(finite, indent=1, allow_nan=False)
+
+
 def main():
     begin, args = time.perf_counter(), parse()
     target, posterior = find_target(args.target)
@@ -250,7 +259,7 @@ def save(args, target, sampler, fit, draws, nuts, bars, cost, begin):
         "versions": {"jax": jax.__version__, "diffsamp": ds.__version__},
         "device": jax.devices()[0].device_kind,
     }
-    (args.out / "quickstart.json").write_text(json.dumps(numbers, indent=1))
+    (args.out / "quickstart.json").write_text(dumps(numbers))
     print(f"\nwrote {args.out}/quickstart.png, .json and sampler.diffsamp")
     print(f"total {seconds:.0f} s")
 

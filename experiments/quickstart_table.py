@@ -17,6 +17,10 @@ def worst_mode_error(row, name):
     return float(np.max(np.abs(np.subtract(row[name], row["mode_weights_true"]))))
 
 
+def number(value, form):
+    return "inf" if value is None else format(value, form)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("files", type=pathlib.Path, nargs="+")
@@ -42,10 +46,10 @@ def main():
         cells = (
             row["seed"],
             f"{row['log_z'] - row['log_z_true']:+.3f}",
-            f"{row['log_z_standard_error']:.3f}",
+            number(row["log_z_standard_error"], ".3f"),
             f"{row['log_z_true'] - row['elbo']:.2f}",
             f"{row['ess']:.3f}",
-            f"{row['pareto_k']:.2f}",
+            number(row["pareto_k"], ".2f"),
             f"{worst_mode_error(row, 'mode_weights'):.3f}",
             f"{row['num_evaluations']:.2e}",
             f"{row['seconds']:.0f}",
