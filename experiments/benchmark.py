@@ -1,6 +1,6 @@
 """Quality of the samplers on targets with known answers, beside tempered SMC.
 
-    python experiments/benchmark.py run --seeds 0 1 2
+    python experiments/benchmark.py run
     python experiments/benchmark.py table
 
 `run` appends one JSON line per cell (target, method, seed) to --out and skips cells
@@ -31,24 +31,25 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "distrax", "blackjax", "numpyro")
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """One target and how its sampler is set up; chosen on seeds 100 and above."""
+    """One target and how its sampler is set up; chosen on seeds 0, 1 and 100 to 110."""
 
     target: str
     scale: float
     smallest_scale: float
     num_steps: int
     num_updates: int
+    methods: tuple[str, ...] = ("on_policy", "smc")
     num_repeats: int = 10  # pairs of sets of 2,000 points, for distances
 
 
-CELLS = (
-    Cell("gmm9", 3.0, 0.18, num_steps=128, num_updates=1_500, num_repeats=50),
-    Cell("mw54", 2.0, 0.09, num_steps=64, num_updates=3_000),
-    Cell("funnel_easy", 3.0, 0.05, num_steps=64, num_updates=4_000),
-    Cell("gmm25", 7.0, 0.08, num_steps=64, num_updates=1_000),
-    Cell("funnel_hard", 5.0, 0.03, num_steps=64, num_updates=1_000),
-)
 METHODS = ("on_policy", "seeded", "smc")
+CELLS = (
+    Cell("gmm9", 3.0, 0.18, num_steps=128, num_updates=3_000, num_repeats=50),
+    Cell("mw54", 2.0, 0.09, num_steps=64, num_updates=3_000),
+    Cell("funnel_easy", 3.0, 0.05, num_steps=64, num_updates=4_000, methods=METHODS),
+    Cell("gmm25", 7.0, 0.08, num_steps=64, num_updates=1_000, methods=METHODS),
+    Cell("funnel_hard", 5.0, 0.03, num_steps=64, num_updates=1_000, methods=METHODS),
+)
 BATCH_SIZE = 256
 LEARNING_RATE = 2e-3
 NUM_PARTICLES = 2_048
@@ -203,7 +204,8 @@ def run(args):
     for seed in args.seeds:
         for cell in CELLS:
             for method in METHODS:
-                wanted = cell.target in args.targets and method in args.methods
+                wanted = cell.target in args.targets and method in cell.methods
+                wanted = wanted and method in args.methods
                 if not wanted or (cell.target, method, seed) in done:
                     continue
                 if method == "smc":
@@ -301,7 +303,7 @@ def main():
     names = [cell.target for cell in CELLS]
     commands = parser.add_subparsers(required=True)
     runner = commands.add_parser("run")
-    runner.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    runner.add_argument("--seeds", type=int, nargs="+", default=[2, 3, 4])
     runner.add_argument("--num-draws", type=int, default=20_000)
     runner.add_argument("--targets", nargs="+", choices=names, default=names)
     runner.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
