@@ -1,8 +1,9 @@
 """Files: trained samplers and training checkpoints.
 
-One file holds a magic line, a JSON header of stated length and a msgpack payload made
-by `flax.serialization`, whose SHA-256 is in the header. Files are written beside their
-place and renamed into it, so that a killed process leaves the old file or the new one.
+One file holds a magic line, the SHA-256 of all that follows, a JSON header of stated
+length and a msgpack payload made by `flax.serialization`. Files are written beside
+their place and renamed into it, so that a killed process leaves the old file or the new
+one.
 Nothing is unpickled: a file is data, and classes come from a fixed table.
 """
 
@@ -114,17 +115,13 @@ def write(path: str | os.PathLike, header: dict, tree: PyTree) -> None:
     payload = serialization.msgpack_serialize(
         jax.tree.map(np.asarray, serialization.to_state_dict(without_keys(tree)))
     )
-    header = {
-        **header,
-        "format": FORMAT_VERSION,
-        "sha256": hashlib.sha256(payload).hexdigest(),
-    }
-    text = json.dumps(header).encode()
+    text = json.dumps({**header, "format": FORMAT_VERSION}).encode()
+    content = len(text).to_bytes(8, "little") + text + payload
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
     try:
         with open(partial, "wb") as file:
-            file.write(MAGIC + len(text).to_bytes(8, "little") + text + payload)
+            file.write(MAGIC + hashlib.sha256(content).digest() + content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
@@ -140,27 +137,24 @@ def read(path: str | os.PathLike) -> tuple[dict, Any]:
         CheckpointError: when the file is foreign, truncated or altered.
     """
     data = Path(path).read_bytes()
-    start = len(MAGIC) + 8
     if not data.startswith(MAGIC):
         raise CheckpointError(
             f"{path} is not a diffsamp file; it was left untouched. Choose another path"
         )
-    size = int.from_bytes(data[len(MAGIC) : start], "little")
-    try:
-        header = json.loads(data[start : start + size])
-        intact = hashlib.sha256(data[start + size :]).hexdigest() == header["sha256"]
-    except (ValueError, KeyError, TypeError):
-        intact, header = False, {}
-    if not intact:
+    start = len(MAGIC) + 32
+    digest, content = data[len(MAGIC) : start], data[start:]
+    if hashlib.sha256(content).digest() != digest:
         raise CheckpointError(
             f"{path} is truncated or damaged; it was left untouched. Move it away to "
             "start afresh"
         )
+    size = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + size])
     if header["format"] != FORMAT_VERSION:
         raise CheckpointError(
             f"{path} has format {header['format']}, this version reads {FORMAT_VERSION}"
         )
-    return header, serialization.msgpack_restore(data[start + size :])
+    return header, serialization.msgpack_restore(content[8 + size :])
 
 
 def restore(template: PyTree, payload: Any, path: str | os.PathLike) -> PyTree:

@@ -41,6 +41,34 @@ is for equal weights. The one-sided Smirnov limit P(D > s x) = exp(-x^2 / 2) the
 Dvoretzky-Kiefer-Wolfowitz-Massart number. Under heavy-tailed weights F_own lacks its
 upper tail and D is biased upwards; k-hat reports that case.
 
+Few points, far off. A lost mode of small mass hides in that noise, but not in the size
+of the weights: its points lie above *every* own weight, by far. How many probe points
+may lie above e^c times the largest own weight follows from the tail of the own weights.
+For a Pareto tail with shape k < 1, of which the largest of N draws is exceeded with
+probability U / N (U standard exponential for large N), that weight has the share
+u_max = U^-k N^(k-1) (1-k) of the total, and the target mass above e^c times it is
+
+    m(c) = U u_max e^(c (1 - 1/k)) / (1 - k).
+
+With U <= 7 (99.9 %) and M_eff probe points, their number is at most Poisson with mean
+M_eff m(c); `unexplained` is by how many the found number exceeds this mean, three of
+its standard deviations and two points more, at the worst c. Two points cannot be told
+from luck or from an SMC particle that was left behind.
+
+Few points, far off. A lost part of small mass hides in that noise, but not in the size
+of its weights: its points lie above *every* own weight, by far. How many probe points
+may lie above c times the largest own weight follows from the tail of the own weights.
+If P(w > t) falls as t^(-1/k) with k < 1, the largest of N weights is exceeded with
+probability U / N, U standard exponential for large N. With its share u_max of the total
+the target mass above c times it is the tail's first moment
+
+    m(c) = U u_max c^(1 - 1/k) / (1 - k).
+
+With U <= 7 (99.9 %) and M_eff probe points, their number has at most the mean M_eff
+m(c); `unexplained` is by how many it exceeds this mean, three of its (Poisson) standard
+deviations and two points more, at the worst of several c. Two points cannot be told
+from luck, or from an SMC particle that was left behind.
+
 Limits. The probe must represent the target: a probe that over-represents a mode which
 the sampler under-represents (the sampler's weights repair that, the probe's do not)
 is read as missing mass, and mass that neither has seen is seen by no one.
@@ -102,12 +130,16 @@ class CoverageCheck(NamedTuple):
         upper: approximate one-sided 99 % upper limit of the missing mass.
         beyond: probe mass with a log-weight above every one of the sampler's own; the
             part of `missing_mass` that does not depend on the probe's proportions.
+        unexplained: effective number of probe points with log-weights above the
+            sampler's own, beyond what the tail of the own weights explains. Positive
+            where a part of the target is lost, however small it is.
     """
 
     missing_mass: float
     tolerance: float
     upper: float
     beyond: float
+    unexplained: float = 0.0
 
 
 class Diagnostics(NamedTuple):
@@ -351,7 +383,7 @@ def missing_mass(
 
     if a.size == 0:  # all weights are zero: the sampler has nothing anywhere
         tolerance = min(1.0, math.sqrt(math.log(1 / alpha) / 2 / ess_probe))
-        return CoverageCheck(1.0, tolerance, 1.0, 1.0)
+        return CoverageCheck(1.0, tolerance, 1.0, 1.0, ess_probe)
 
     index = np.searchsorted(b, a + resolution, side="right")
     f_own, f_probe = np.minimum(np.cumsum(u), 1.0), np.minimum(v_below[index], 1.0)
@@ -375,7 +407,22 @@ def missing_mass(
         tolerance=min(1.0, math.sqrt(2 * math.log(1 / alpha) * float(noise))),
         upper=min(1.0, missing + margin),
         beyond=max(0.0, 1.0 - float(f_probe[-1])),
+        unexplained=_unexplained(log_weight, a[-1], u[-1], b, v, resolution),
     )
+
+
+def _unexplained(log_weight, top, top_share, b, v, resolution) -> float:
+    """Probe points above the own weights beyond what their tail explains."""
+    # k-hat has a standard error of about 0.1, and too low a value would alarm.
+    k = float(np.clip(pareto_smooth(log_weight).pareto_k + 0.1, 0.1, PARETO_K_LIMIT))
+    num_probe = 1 / np.sum(v**2)
+    worst = -np.inf
+    for margin in (resolution, 1.0, 3.0, 10.0):
+        found = num_probe * np.sum(v[b > top + margin])
+        mass = 7 * top_share * math.exp(margin * (1 - 1 / k)) / (1 - k)
+        expected = num_probe * min(1.0, mass)
+        worst = max(worst, found - expected - 3 * math.sqrt(expected) - 2)
+    return max(0.0, float(worst))
 
 
 def is_collapsed(coverage: CoverageCheck | None) -> bool:
@@ -385,7 +432,8 @@ def is_collapsed(coverage: CoverageCheck | None) -> bool:
         coverage: result of `missing_mass`, or None without a probe.
 
     Returns:
-        True where the missing mass is beyond its noise and not negligible (5 %).
+        True where the missing mass is beyond its noise and not negligible (5 %), or
+        where probe points lie above the own weights in numbers that nothing explains.
 
     Example:
         >>> from diffsamp import diagnostics
@@ -395,7 +443,7 @@ def is_collapsed(coverage: CoverageCheck | None) -> bool:
     if coverage is None:
         return False
     threshold = max(coverage.tolerance, MISSING_MASS_NEGLIGIBLE)
-    return coverage.missing_mass > threshold
+    return coverage.missing_mass > threshold or coverage.unexplained > 0
 
 
 def verdict(
@@ -409,7 +457,8 @@ def verdict(
     """One sentence on what the draws are good for, and what to change.
 
     * ``"do not trust: ..."`` where no weights exist, k-hat is 0.7 or more (or unknown),
-      more than 1 % of the weights are not numbers, or the probe found missing mass;
+      more than 1 % of the weights are not numbers, or the probe found missing mass or
+      a place, however small, where the sampler does not come (`is_collapsed`);
     * ``"reweight (coverage unchecked)"``, exactly, where all is well but no independent
       probe was made; ``"reweight (...)"`` where the probe is too small to exclude a
       missing mass of 10 %, shows a smaller one beyond noise, or a few weights are not
@@ -441,10 +490,11 @@ def verdict(
         )
     if is_collapsed(coverage):
         assert coverage is not None
+        mass = max(coverage.missing_mass, coverage.beyond)
+        form = ".0%" if mass > 0.095 else ".1%"
         return (
-            f"do not trust: probe points hold about {coverage.missing_mass:.0%} of the "
-            "mass where the sampler has (almost) none (noise level "
-            f"{coverage.tolerance:.0%}); the sampler has lost a part of the target: "
+            f"do not trust: probe points hold about {mass:{form}} of the mass where "
+            "the sampler has (almost) none; the sampler has lost a part of the target: "
             "train with the replay, smc_seeded or reference-draws behaviour, or widen "
             "the reference to the target's scale"
         )

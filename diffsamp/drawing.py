@@ -89,8 +89,9 @@ def draw(
         params: its parameters, ``fit.params``.
         energy: maps [D] to []; ``target.energy``.
         num_draws: N.
-        probe: independent points (`probes`), or reference draws [M, D]. Without it the
-            best verdict is ``reweight (coverage unchecked)``.
+        probe: independent points (`probes`), or an array [M, D], which says that these
+            are draws from the target itself. Without it the best verdict is
+            ``reweight (coverage unchecked)``.
         batch_size: draws per compiled call; bounds the memory used.
 
     Returns:
@@ -108,8 +109,8 @@ def draw(
         >>> draws.x.shape, draws.log_weight.shape
         ((100, 2), (100,))
     """
-    if num_draws < 1:
-        raise ValueError(f"num_draws must be at least 1, got {num_draws}")
+    if not isinstance(num_draws, int | np.integer) or num_draws < 1:
+        raise ValueError(f"num_draws must be an int of at least 1, got {num_draws}")
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     key, energy = as_key(key), as_energy(energy)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 from typing import Any
 
 import jax
@@ -21,7 +23,7 @@ def evaluate(
     *,
     num_draws: int = 2_000,
     reference_draws: Any = None,
-    sinkhorn: bool = True,
+    sinkhorn: bool | None = None,
     batch_size: int = batching.BATCH,
 ) -> dict[str, Any]:
     """Every measure of quality that the target allows, each beside its floor.
@@ -39,7 +41,8 @@ def evaluate(
         num_draws: N.
         reference_draws: draws from the target, [M, D], where it cannot sample itself.
         sinkhorn: whether to compute Sinkhorn divergences, which needs OTT
-            (``pip install diffsamp[ot]``) and some seconds.
+            (``pip install diffsamp[ot]``) and some seconds; by default where OTT is
+            installed. One that does not converge is NaN.
         batch_size: paths per compiled call.
 
     Returns:
@@ -50,7 +53,9 @@ def evaluate(
         log Z ``log_z_error``, ``elbo_gap``, ``eubo_gap``.
 
     Raises:
-        ValueError: when num_draws or batch_size is below 1.
+        ValueError: when num_draws is below 2, batch_size is below 1, or there are
+            fewer than four reference draws.
+        ImportError: when ``sinkhorn`` is true and OTT is not installed.
 
     Example:
         >>> import jax, diffsamp as ds
@@ -62,8 +67,12 @@ def evaluate(
         >>> report["elbo"] < report["eubo"]
         True
     """
-    if num_draws < 1:
-        raise ValueError(f"num_draws must be at least 1, got {num_draws}")
+    if num_draws < 2:
+        raise ValueError(f"num_draws must be at least 2, got {num_draws}")
+    if sinkhorn is None:
+        sinkhorn = importlib.util.find_spec("ott") is not None
+    if sinkhorn:
+        importlib.import_module("ott")  # now, not after all other work
     for_draws, for_exact, for_trace, for_resampling = jax.random.split(as_key(key), 4)
     exact = _exact_sets(for_exact, target, num_draws, reference_draws)
     probe = None if exact is None else probes.given(exact[0])
@@ -131,6 +140,11 @@ def _exact_sets(key, target, num, reference_draws):
     """Two independent sets of at most num draws from the target, or None."""
     if reference_draws is not None:
         draws = np.asarray(reference_draws)
+        if draws.ndim != 2 or len(draws) < 4:
+            raise ValueError(
+                "reference_draws must be at least four points [M, D], got shape "
+                f"{list(draws.shape)}"
+            )
         draws = draws[np.asarray(jax.random.permutation(key, len(draws)))]
         half = min(num, len(draws) // 2)
         return draws[:half], draws[half : 2 * half]
@@ -146,7 +160,7 @@ def _distances(equal, raw, exact, sinkhorn):
     a, b = (e[:num] for e in exact)
     functions = {"w2": metrics.wasserstein2, "mmd": metrics.mmd}
     if sinkhorn:
-        functions["sinkhorn"] = lambda x, y: metrics.sinkhorn_divergence(x, y).value
+        functions["sinkhorn"] = _converged_sinkhorn
         functions[f"sinkhorn_scds_n{num}"] = metrics.sinkhorn_scds
     out = {}
     for name, function in functions.items():
@@ -158,3 +172,8 @@ def _distances(equal, raw, exact, sinkhorn):
     out["quantiles"] = metrics.quantiles(equal, levels)
     out["quantiles_exact"] = metrics.quantiles(a, levels)
     return out
+
+
+def _converged_sinkhorn(x, y):
+    result = metrics.sinkhorn_divergence(x, y, require_convergence=False)
+    return result.value if result.converged else float("nan")

@@ -496,6 +496,8 @@ def _smc(
     def next_beta(beta, weights, log_ratio):
         """Where the conditional ESS of the weighted particles falls to the target."""
         log_weight = jnp.log(weights)
+        # The excess does not depend on the origin, its rounding errors do.
+        log_ratio = log_ratio - jnp.max(log_ratio)
 
         def excess(delta):
             log_ess = 2.0 * logsumexp(log_weight + delta * log_ratio)

@@ -125,6 +125,51 @@ def smc_from_prior(
     return _from_smc(result, "tempered SMC from the prior")
 
 
+def prior(key: Key, target: Target, *, num_draws: int = 10_000) -> Probe:
+    """Draws from the target's prior, weighted by their likelihood.
+
+    Cheap, and enough where the posterior is not much narrower than the prior; otherwise
+    their effective number is too small for any verdict of ``trust``.
+
+    Args:
+        key: random key; consumed.
+        target: a target with ``sample_prior`` and ``log_likelihood``.
+        num_draws: M.
+
+    Raises:
+        ValueError: when the target has no prior, num_draws is below 1, or no draw has a
+            positive likelihood.
+
+    Example:
+        >>> import jax, diffsamp as ds
+        >>> from diffsamp import posteriors
+        >>> target = posteriors.two_sinusoids().target()
+        >>> ds.probes.prior(jax.random.key(0), target, num_draws=64).x.shape
+        (64, 4)
+    """
+    if target.sample_prior is None or target.log_likelihood is None:
+        raise ValueError(
+            f"target {target.name!r} has no prior to draw from (sample_prior and "
+            "log_likelihood); use probes.smc or probes.multistart"
+        )
+    if num_draws < 1:
+        raise ValueError(f"num_draws must be at least 1, got {num_draws}")
+    x = target.sample_prior(as_key(key), num_draws)
+    log_weight = jax.jit(jax.vmap(target.log_likelihood))(x)
+    log_weight = jnp.where(jnp.isnan(log_weight), -jnp.inf, log_weight)
+    if not bool(jnp.max(log_weight) > -jnp.inf):
+        raise ValueError(
+            f"none of {num_draws} prior draws has a positive likelihood; raise "
+            "num_draws, or use probes.smc_from_prior"
+        )
+    return Probe(
+        x=x,
+        weights=jax.nn.softmax(log_weight),
+        name="prior draws",
+        num_energy_evaluations=num_draws,
+    )
+
+
 def multistart(
     key: Key,
     energy: Energy,
@@ -137,7 +182,8 @@ def multistart(
     """Optimisation from scattered starts, then short HMC.
 
     The points mark modes, not their mass: the missing mass they report is a share of
-    starts, and a mode of no weight may raise a false alarm, never a false trust.
+    starts. A mode of no weight may raise a false alarm, and one that hardly any start
+    leads to may be overlooked.
 
     Args:
         key: random key; consumed.
@@ -170,6 +216,14 @@ def _from_smc(result: mcmc.SMCResult, name: str) -> Probe:
         raise ValueError(
             f"{name} stopped at inverse temperature {float(result.beta):.3g}; raise "
             "num_particles or num_mcmc_steps, or give a wider reference"
+        )
+    num_particles = len(result.particles)
+    distinct = len(np.unique(np.asarray(result.particles), axis=0))
+    if distinct < num_particles / 10:
+        raise ValueError(
+            f"{name} left only {distinct} distinct points of {num_particles}: its "
+            "moves were rejected; raise num_mcmc_steps, or give a loc and a scale "
+            "nearer to the target's (ds.standardise finds them)"
         )
     log_weight = jnp.asarray(result.log_weight)
     return Probe(

@@ -324,7 +324,7 @@ class Sampler:
         """Draws one weighted point and keeps nothing else."""
         run = self._run(params, key, energy, condition, log_densities=True)
         y, log_prior, log_generation, log_destruction, energy_value, _ = run
-        log_ratio = jnp.sum(log_destruction) - jnp.sum(log_generation)
+        log_ratio = jnp.sum(log_destruction - log_generation)
         log_weight = -energy_value - log_prior + log_ratio
         return Final(self._original(y), log_weight, energy_value)
 
@@ -341,9 +341,14 @@ class Sampler:
             params, key, energy, condition, log_densities=True, remat=True, keep=True
         )
         y, log_prior, log_generation, log_destruction, energy_value, path = run
-        if self.needs_score:  # its gradient at the last state is known already
-            step = y - jax.lax.stop_gradient(y)  # zero
-            energy_value = energy_value - jnp.sum(path.last_score * step)
+        score = path.last_score
+        if not self.needs_score:  # otherwise it is known already
+            energy_value, score = self._score_at(self._bind(energy, condition), y)
+        # Not by differentiating through the energy: one path whose energy is not a
+        # number must not spoil the gradient of the whole batch.
+        score = jnp.where(jnp.isfinite(score), score, jnp.zeros_like(score))
+        zero = y - jax.lax.stop_gradient(y)
+        energy_value = energy_value - jnp.sum(score * zero)
         trajectory = self._trajectory(
             path.xs, log_prior, log_generation, log_destruction, energy_value
         )
@@ -468,7 +473,7 @@ class Sampler:
         return Path(xs, values[-1], scores[:-1], scores[-1])
 
     def _trajectory(self, xs, log_prior, log_generation, log_destruction, energy):
-        log_ratio = jnp.sum(log_destruction) - jnp.sum(log_generation)
+        log_ratio = jnp.sum(log_destruction - log_generation)
         log_weight = -energy - log_prior + log_ratio
         return Trajectory(
             xs, xs[-1], log_weight, log_prior, log_generation, log_destruction, energy
@@ -518,6 +523,10 @@ class Sampler:
     def _value_and_score(self, energy: Energy, y: Array):
         if not self.needs_score:
             return jnp.zeros((), y.dtype), _empty(y.dtype)
+        return self._score_at(energy, y)
+
+    def _score_at(self, energy: Energy, y: Array):
+        """Energy, and minus its gradient in unit coordinates, as constants."""
         x = jax.lax.stop_gradient(self._original(y))
         value, gradient = jax.value_and_grad(energy)(x)
         return value, -_row(np.asarray(self.scale, y.dtype), y) * gradient

@@ -30,7 +30,17 @@ from diffsamp import checkpoint as files
 from diffsamp.behaviours import common
 from diffsamp.energies import as_energy, as_key, check_energy
 from diffsamp.sampler import Evaluations, Sampler
-from diffsamp.types import Array, Batch, Behaviour, Cost, Energy, Key, Objective, Params
+from diffsamp.types import (
+    Array,
+    Batch,
+    Behaviour,
+    Cost,
+    Energy,
+    Key,
+    Objective,
+    Params,
+    Proposal,
+)
 
 MAX_CHUNK = 500
 
@@ -67,8 +77,9 @@ class FitResult(NamedTuple):
     Attributes:
         params: parameters of the sampler, their moving average where one was asked for.
         state: full state; pass it as ``fit(..., state=...)`` to go on.
-        metrics: per update, [num_updates] each: loss, elbo, ess, grad_norm, skipped,
-            num_nonfinite and what the objective adds.
+        metrics: per update, [num_updates] each: loss, elbo and ess (of on-policy paths,
+            NaN without any), grad_norm, skipped, num_nonfinite and what the objective
+            adds.
         num_energy_evaluations: energies evaluated alone, pilots included.
         num_gradient_evaluations: energies evaluated with their gradient.
         num_network_evaluations: control evaluations in simulating and scoring.
@@ -220,11 +231,10 @@ def step(
     def loss(params):
         own, batch = batch_of(params)
         value, extra = objective.loss(params, state.objective_state, batch)
-        rows = own.simulated
-        return value, (own, batch.trajectories, batch.rollouts, extra, rows)
+        return value, (own, batch.trajectories, batch.rollouts, extra)
 
     (value, aux), gradient = jax.value_and_grad(loss, has_aux=True)(state.params)
-    own, trajectories, rollouts, extra, rows = aux
+    own, trajectories, rollouts, extra = aux
     grad_norm = optax.tree.norm(gradient)
     good = jnp.isfinite(value) & jnp.isfinite(grad_norm)
     updates, opt_state = recipe.optimizer.update(
@@ -275,7 +285,7 @@ def step(
         "loss": value,
         "grad_norm": grad_norm,
         "skipped": bad,
-        **_path_metrics(trajectories.log_weight, rows),
+        **_path_metrics(trajectories.log_weight, own),
         **{k: v for k, v in extra.items() if k != "extra_paths"},
     }
     extra_paths = extra.get("extra_paths", 0)
@@ -335,8 +345,9 @@ def fit(
             update: learning-rate decay under any budget (`schedules.cosine_anneal`).
         params: parameters to start from (warm start).
         state: state to go on from (continued fitting).
-        checkpoint: file to write to; if it exists, the run it holds is resumed, with
-            ``num_updates`` counted from that run's own start. A resumed run budgeted by
+        checkpoint: file to write to; if it exists, the run it holds is resumed in place
+            of ``params`` and ``state``, with ``num_updates`` counted from that run's
+            own start. A resumed run budgeted by
             ``num_updates`` ends bit-identical to an uninterrupted one on the same CPU.
         checkpoint_seconds: least time between two writes.
         callback: called as ``callback(count, metrics)`` after each chunk with that
@@ -372,7 +383,7 @@ def fit(
     key, energy = as_key(key), as_energy(energy)
     behaviour = behaviour or behaviours.on_policy()
     _check_request(sampler, objective, behaviour, energy, batch_size)
-    _check_budget(num_updates, updates_per_chunk, checkpoint)
+    _check_budget(num_updates, max_seconds, updates_per_chunk, checkpoint)
     if num_updates is None and max_seconds is None and max_energy_evaluations is None:
         num_updates = 5_000
     recipe = Recipe(
@@ -386,6 +397,8 @@ def fit(
     )
     pilot_key, init_key = jax.random.split(key)
     progress = _Progress(recipe)
+    if checkpoint is not None:
+        progress.energies = _energies_at_fixed_points(sampler, energy)
     resumed = checkpoint is not None and os.path.exists(checkpoint)
     if resumed:
         shapes = jax.eval_shape(lambda k: init(k, recipe, energy, params)[0], init_key)
@@ -552,6 +565,7 @@ class _Progress:
         self.batch_size = recipe.batch_size
         self.num_energy = self.num_gradient = self.num_network = 0
         self.first = 0
+        self.energies: list[float] = []
         self._history: list[dict[str, np.ndarray]] = []
 
     @property
@@ -589,6 +603,7 @@ class _Progress:
         header = {
             "kind": "training",
             "configuration": _configuration(recipe),
+            "energies": self.energies,
             "counts": [self.num_energy, self.num_gradient, self.num_network],
             "first": self.first,
         }
@@ -613,6 +628,15 @@ class _Progress:
                 f"untouched.{''.join(differences)}\n"
                 "Choose another path, or restore the settings"
             )
+        # A mended energy may go on where it was not finite before.
+        difference = np.subtract(header["energies"], self.energies)
+        tolerance = 1e-3 * (1 + np.abs(self.energies))
+        if np.any(np.isfinite(difference) & (np.abs(difference) > tolerance)):
+            raise files.CheckpointError(
+                f"{path} was written for another energy (or other data) and was left "
+                f"untouched: at the same points it has {header['energies'][:3]}, ..., "
+                f"wanted {self.energies[:3]}, .... Choose another path"
+            )
         state = files.restore(shapes, payload["state"], path)
         self.num_energy, self.num_gradient, self.num_network = header["counts"]
         self.first = header["first"]
@@ -628,21 +652,32 @@ def _configuration(recipe: Recipe) -> dict[str, str]:
     `trajectory_balance`, and Adam at 1e-3 from Adam at 1e-4.
     """
 
-    def name_and_digest(function):
-        digest = hashlib.sha256(_described(function).encode()).hexdigest()[:8]
+    def name_and_digest(part, function):
+        digest = hashlib.sha256(_described(part).encode()).hexdigest()[:8]
         return f"{getattr(function, '__module__', None)} {digest}"
+
+    objective, behaviour = recipe.objective, recipe.behaviour
 
     parts = {
         "sampler": repr(recipe.sampler),
         "batch_size": str(recipe.batch_size),
         "ema_decay": str(recipe.ema_decay),
-        "objective": name_and_digest(recipe.objective.loss),
-        "behaviour": name_and_digest(recipe.behaviour.propose),
-        "optimizer": name_and_digest(recipe.optimizer.update),
-        "anneal": name_and_digest(recipe.anneal),
+        "objective": name_and_digest(objective, objective.loss),
+        "behaviour": name_and_digest(behaviour, behaviour.propose),
+        "optimizer": name_and_digest(recipe.optimizer, recipe.optimizer.update),
+        "anneal": name_and_digest(recipe.anneal, recipe.anneal),
     }
     # Functions move in memory between processes.
     return {k: re.sub(r" at 0x[0-9a-fA-F]+", "", text) for k, text in parts.items()}
+
+
+def _energies_at_fixed_points(sampler: Sampler, energy: Energy) -> list[float]:
+    """What tells one energy from another in a checkpoint; not counted as a cost."""
+    shape = (16, sampler.dim)
+    noise = np.asarray(jax.random.normal(jax.random.key(0), shape))
+    points = np.asarray(sampler.loc) + np.asarray(sampler.scale) * noise
+    points = jnp.asarray(points, noise.dtype)
+    return np.asarray(jax.jit(jax.vmap(energy))(points), np.float64).tolist()
 
 
 def _described(value: Any, seen: tuple[int, ...] = ()) -> str:
@@ -693,9 +728,12 @@ def _average(decay, state: TrainState, params: Params) -> Params:
     return optax.incremental_update(params, state.average, rate)
 
 
-def _path_metrics(log_weight: Array, rows: Array) -> dict[str, Array]:
-    """ELBO and relative effective sample size over the simulated rows."""
-    finite = rows & jnp.isfinite(log_weight)
+def _path_metrics(log_weight: Array, own: Proposal) -> dict[str, Array]:
+    """ELBO and relative effective sample size of the on-policy rows.
+
+    Paths with exploration noise are no draws of the sampler and give no lower bound.
+    """
+    finite = own.on_policy & jnp.isfinite(log_weight)
     count = jnp.sum(finite).astype(log_weight.dtype)
     elbo = jnp.sum(jnp.where(finite, log_weight, 0.0)) / count
     masked = jnp.where(finite, log_weight, -jnp.inf)
@@ -703,7 +741,7 @@ def _path_metrics(log_weight: Array, rows: Array) -> dict[str, Array]:
     return {
         "elbo": elbo,
         "ess": jnp.exp(2 * log_sum - log_square) / count,
-        "num_nonfinite": jnp.sum(rows & ~jnp.isfinite(log_weight)),
+        "num_nonfinite": jnp.sum(own.simulated & ~jnp.isfinite(log_weight)),
     }
 
 
@@ -774,9 +812,11 @@ def _check_request(sampler, objective, behaviour, energy, batch_size) -> None:
         )
 
 
-def _check_budget(num_updates, updates_per_chunk, checkpoint) -> None:
+def _check_budget(num_updates, max_seconds, updates_per_chunk, checkpoint) -> None:
     if num_updates is not None and num_updates < 0:
         raise ValueError(f"num_updates must not be negative, got {num_updates}")
+    if max_seconds is not None and not max_seconds > 0:
+        raise ValueError(f"max_seconds must be positive, got {max_seconds}")
     if updates_per_chunk is not None and updates_per_chunk < 1:
         raise ValueError(
             f"updates_per_chunk must be at least 1, got {updates_per_chunk}"
@@ -796,11 +836,13 @@ def _check_start(key, sampler, params, energy) -> int:
     Returns the number of paths drawn.
     """
     params = sampler.init(key) if params is None else params
-    values = np.asarray(batching.pilot(key, sampler, params, energy).energy)
+    final = batching.pilot(key, sampler, params, energy)
+    values = np.asarray(final.energy)
     if not np.isfinite(values).any():
         raise ValueError(
-            f"energy is {values[0]} at all of {len(values)} draws of the starting "
-            "sampler. Check its support and sign (energy = -log density), and set the "
-            "sampler's loc and scale to where the target is (ds.standardise finds them)"
+            f"energy is {values[0]} at x = {np.asarray(final.x[0])} and not finite at "
+            f"any of {len(values)} draws of the starting sampler. Check its support "
+            "and sign (energy = -log density), and set the sampler's loc and scale to "
+            "where the target is (ds.standardise finds them)"
         )
     return len(values)

@@ -140,6 +140,20 @@ def named(target, posterior, x):
     return {name: np.asarray(sites[name]) for name in posterior.shapes}
 
 
+def add_upper_bound(key, target, posterior, sampler, params, draws):
+    """EUBO, from draws of the target that this library had no part in."""
+    for_draws, for_paths = jax.random.split(key)
+    if posterior is not None:
+        points = jax.vmap(target.unconstrain)(posterior.draws())
+    elif target.sample is not None:
+        points = target.sample(for_draws, 1_000)
+    else:
+        return draws
+    log_weight = ds.log_weights_of(for_paths, sampler, params, target.energy, points)
+    upper = ds.evidence.eubo(log_weight).estimate
+    return draws._replace(log_evidence=draws.log_evidence._replace(upper=upper))
+
+
 def mode_table(target, draws, nuts):
     """Mode weights of the truth, the sampler and NUTS."""
     if target.modes is None:
@@ -179,7 +193,7 @@ def dumps(numbers):
 def main():
     begin, args = time.perf_counter(), parse()
     target, posterior = find_target(args.target)
-    keys = jax.random.split(jax.random.key(args.seed), 5)
+    keys = jax.random.split(jax.random.key(args.seed), 6)
     print(f"target {target.name}, dimension {target.dim}", flush=True)
     print("NUTS, 4 chains ...", flush=True)
     nuts = run_nuts(keys[0], target, posterior)
@@ -190,6 +204,7 @@ def main():
     draws = ds.draw(
         keys[4], sampler, fit.params, target.energy, args.num_draws, probe=probe
     )
+    draws = add_upper_bound(keys[5], target, posterior, sampler, fit.params, draws)
     report = draws.diagnostics
     training = [
         r.num_energy_evaluations + r.num_gradient_evaluations for r in (warm, fit)
@@ -244,6 +259,7 @@ def save(args, target, sampler, fit, draws, nuts, bars, cost, begin):
         "log_z": evidence.estimate,
         "log_z_standard_error": evidence.standard_error,
         "elbo": evidence.lower,
+        "eubo": evidence.upper,
         "ess": report.ess_fraction,
         "pareto_k": report.pareto_k,
         "missing_mass": report.missing_mass,

@@ -382,6 +382,17 @@ def test_reference_draws_of_another_dimension():
         started(ds.behaviours.reference_draws(np.zeros((4, 3))))
 
 
+def test_smc_that_does_not_arrive_is_no_seed():
+    """Its particles would pass for draws from the target."""
+    behaviour = ds.behaviours.smc_seeded(16)
+
+    def nowhere(x):
+        return jnp.nan * jnp.sum(x)
+
+    with pytest.raises(ValueError, match=r"inverse temperature.*loc and scale"):
+        behaviour.init(jax.random.key(0), SAMPLER, PARAMS, nowhere)
+
+
 WEIGHTS = jnp.array([0.7, 0.3])
 MODES = jnp.array([[-4.0, 2.0], [3.0, -3.0]])
 

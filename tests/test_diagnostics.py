@@ -218,12 +218,41 @@ def test_no_alarm_where_nothing_is_missing(target, proposal, alarmed, trusted):
     alarms, trusts = [], []
     for _ in range(200):
         own, probe, coverage = check(rng, target, proposal)
-        alarms.append(coverage.missing_mass > coverage.tolerance)
+        alarms.append(diagnostics.is_collapsed(coverage))
         report = diagnostics.diagnose(own, probe_log_weight=probe)
         trusts.append(report.verdict.startswith("trust"))
         assert report.missing_mass == coverage.missing_mass
     assert np.mean(alarms) <= alarmed
     assert np.mean(trusts) >= trusted
+
+
+@pytest.mark.parametrize(
+    ("num_draws", "num_probes", "mass"),
+    [(4_000, 1_024, 0.03), (20_000, 1_024, 0.01), (4_000, 256, 0.05)],
+)
+def test_a_lost_mode_of_small_mass_is_found(num_draws, num_probes, mass):
+    """Its mass drowns in the noise of the shares, its weights stand out."""
+    rng = np.random.default_rng(7)
+    target = Mixture([1 - mass, mass], [-4.0, 8.0], [1.0, 0.7])
+    proposal = Mixture([1.0], [-4.0], [1.1])
+    for _ in range(20):
+        own, probe, coverage = check(rng, target, proposal, num_draws, num_probes)
+        assert coverage.missing_mass < coverage.tolerance  # drowned
+        report = diagnostics.diagnose(own, probe_log_weight=probe)
+        assert report.collapsed == (np.sum(probe > own.max() + 10) > 2)
+        assert report.collapsed == report.verdict.startswith("do not trust: probe")
+
+
+def test_points_that_the_tail_explains_are_no_collapse():
+    """Weights with a Pareto tail, which any finite sample cuts off."""
+    rng = np.random.default_rng(8)
+    for k in (0.3, 0.5, 0.6):
+        alarms = []
+        for _ in range(200):
+            own = k * rng.exponential(size=5_000)  # P(w > t) = t^(-1/k)
+            probe = k / (1 - k) * rng.exponential(size=2_000)  # its law times w
+            alarms.append(diagnostics.missing_mass(own, probe).unexplained > 0)
+        assert np.mean(alarms) <= 0.03
 
 
 def test_tolerance_is_a_quantile_of_the_noise():
@@ -282,7 +311,8 @@ def test_missing_mass_of_special_weights():
     inf = np.inf
     # No weight at all, and NaN of the probe, count as missing.
     nothing = diagnostics.missing_mass(np.full(500, -inf), zeros)
-    assert nothing[:1] + nothing[2:] == (1.0, 1.0, 1.0)
+    assert nothing[:1] + nothing[2:4] == (1.0, 1.0, 1.0)
+    assert nothing.unexplained > 0
     half = np.where(np.arange(500) < 250, 0.0, np.nan)
     assert diagnostics.missing_mass(zeros, half).beyond == pytest.approx(0.5)
     # Zero weights and NaN of the sampler do not count; the probe being elsewhere, too.

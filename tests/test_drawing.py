@@ -124,8 +124,9 @@ def test_log_weights_of_given_points_do_not_depend_on_chunks():
 @pytest.mark.parametrize(
     ("words", "options"),
     [
-        ("num_draws must be at least 1, got 0", {"num_draws": 0}),
-        ("num_draws must be at least 1, got -3", {"num_draws": -3}),
+        ("num_draws must be an int of at least 1, got 0", {"num_draws": 0}),
+        ("num_draws must be an int of at least 1, got -3", {"num_draws": -3}),
+        ("num_draws must be an int of at least 1, got 1000.0", {"num_draws": 1e3}),
         ("batch_size must be at least 1, got 0", {"num_draws": 10, "batch_size": 0}),
     ],
 )

@@ -4,6 +4,7 @@ The sampler is a VP process whose reference is nearly the Gaussian target; it ne
 training and its quality is set by the mismatch.
 """
 
+import importlib.util
 import sys
 
 import jax
@@ -194,12 +195,23 @@ def test_the_same_key_gives_the_same_report(report):
 
 
 def test_bad_numbers():
-    with pytest.raises(ValueError, match="num_draws"):
-        evaluate(GAUSSIAN, num_draws=0)
+    with pytest.raises(ValueError, match="num_draws must be at least 2, got 1"):
+        evaluate(GAUSSIAN, num_draws=1)
+    with pytest.raises(ValueError, match=r"reference_draws.*\[1, 2\]"):
+        evaluate(GAUSSIAN, reference_draws=np.zeros((1, 2)))
 
 
-def test_without_sinkhorn_ott_is_not_needed(monkeypatch):
-    for name in [n for n in sys.modules if n.split(".")[0] == "ott"]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, "ott", None)  # importing it fails
-    assert "w2" in evaluate(GAUSSIAN, num_draws=50)
+def test_without_ott(monkeypatch):
+    """By default Sinkhorn is left out; asked for, its lack is told at once."""
+    monkeypatch.setitem(sys.modules, "ott", None)
+    with pytest.raises(ImportError):
+        evaluate(GAUSSIAN, sinkhorn=True)
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda name, *rest: None if name == "ott" else find_spec(name, *rest),
+    )
+    report = evaluate(GAUSSIAN, sinkhorn=None, num_draws=64)
+    assert "w2" in report
+    assert "sinkhorn" not in report

@@ -134,6 +134,20 @@ def test_a_target_that_is_not_reached_is_reported():
     assert result.beta < 1.0
 
 
+def test_a_target_too_far_is_not_reached_by_one_particle_of_luck():
+    """Energy differences of 1e8 leave float32 no digits for the conditional ESS."""
+
+    def narrow(x):
+        return 5e3 * jnp.sum((x - 100.0) ** 2)
+
+    result = smc_from_gaussian(
+        jax.random.key(0), narrow, 2, num_particles=64, max_iterations=3
+    )
+    assert not result.reached_target
+    assert float(result.beta) < 0.01
+    assert len(np.unique(result.particles[:, 0])) > 32
+
+
 def test_smc_from_prior_tempers_the_likelihood_only():
     def log_likelihood(x):
         return norm.logpdf(2.0, x[0], 0.5)

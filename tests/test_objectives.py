@@ -9,6 +9,7 @@ with three nodes per noise is exact for every expectation below. Its weights
 
 import itertools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -47,14 +48,14 @@ def gaussian_energy(x):
     return 0.5 * jnp.sum(((y - MEAN) / STD) ** 2) + log_norm - LOG_Z
 
 
-def _affine(first, second):
+def _affine(first, second, needs_score=False):
     def init_fn(key, dim):
         return {name: jnp.asarray(THETA[name]) for name in (first, second)}
 
     def drift_fn(params, y, t, context):
         return params[first] + params[second] * y
 
-    return ds.networks.from_function(init_fn, drift_fn)
+    return ds.networks.from_function(init_fn, drift_fn, needs_score=needs_score)
 
 
 GAUSSIAN = ds.samplers.gbs(
@@ -351,26 +352,56 @@ def test_log_derivative_ignores_rows_that_are_not_on_policy():
 
 
 @pytest.mark.parametrize(
-    "name",
-    ["reverse_kl", "reverse_kl_log_derivative", "log_variance", "trajectory_balance"],
+    "name", ["reverse_kl_log_derivative", "log_variance", "trajectory_balance"]
 )
 def test_non_finite_rows_are_left_out_of_value_and_gradient(name):
     objective = OBJECTIVES[name]()
     extra = BALANCE if name == "trajectory_balance" else {}
 
     def loss(scale, log_weight):
-        log_weight = jnp.asarray(log_weight)
+        log_weight = np.asarray(log_weight)
+        good = np.isfinite(log_weight)
+        log_weight = jnp.where(good, scale * np.where(good, log_weight, 0), log_weight)
         log_generation = jnp.zeros((log_weight.size, 1)) + scale
-        batch = batch_of(scale * log_weight, log_generation=log_generation)
+        batch = batch_of(log_weight, log_generation=log_generation)
         return loss_of(objective, batch, **extra)
 
     some, good = (
         jax.value_and_grad(loss)(1.0, rows) for rows in (SOME_BAD, [1.0, 3.0, 5.0])
     )
     assert float(some[0]) == pytest.approx(float(good[0]))
-    if np.isfinite(some[1]):  # inf * 0 in a gradient through the weight itself
-        assert float(some[1]) == pytest.approx(float(good[1]))
+    assert float(some[1]) == pytest.approx(float(good[1]))
     assert np.isnan(loss(1.0, [jnp.nan, jnp.inf, -jnp.inf]))
+
+
+@pytest.mark.parametrize("needs_score", [False, True])
+def test_reverse_kl_leaves_out_paths_that_end_where_the_energy_is_not_a_number(
+    needs_score,
+):
+    """Neither they nor the infinite slopes there touch the gradient of the others."""
+    network = _affine(*GENERATION, needs_score)
+    sampler = ds.samplers.dis(1, 3, loc=LOC, scale=SCALE, network=network)
+
+    def energy(x):
+        return gaussian_energy(x) + 0.0 * jnp.sqrt(x[0] - LOC + SCALE)
+
+    @jax.value_and_grad
+    def loss(params, keys):
+        roll = jax.vmap(sampler.rollout, in_axes=(None, 0, None))
+        rollouts = roll(params, keys, energy)[0]
+        batch = batch_of(rollouts.log_weight)._replace(rollouts=rollouts)
+        return loss_of(ds.objectives.reverse_kl(), batch)
+
+    params = sampler.init(jax.random.key(0))
+    keys = jax.random.split(jax.random.key(1), 64)
+    draw = jax.vmap(sampler, in_axes=(None, 0, None))
+    good = np.isfinite(draw(params, keys, energy).log_weight)
+    assert 0 < good.sum() < 64
+    value, gradient = loss(params, keys)
+    expected_value, expected = loss(params, keys[good])
+    assert float(value) == pytest.approx(float(expected_value), rel=1e-5)
+    assert all(np.isfinite(leaf) and leaf != 0 for leaf in jax.tree.leaves(gradient))
+    chex.assert_trees_all_close(gradient, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_forward_kl_without_a_usable_row_is_nan():
@@ -396,6 +427,54 @@ def test_rows_outside_the_support_leave_a_finite_gradient():
     value, gradient = loss(gaussian_params())
     assert np.isfinite(value)
     assert all(np.isfinite(leaf) and leaf != 0 for leaf in jax.tree.leaves(gradient))
+
+
+# -- Huber's loss ---------------------------------------------------------------------
+
+
+def _of_shifted(objective, log_weight):
+    """Value, and gradient for each log-weight."""
+
+    def loss(log_weight):
+        extra = BALANCE if "trajectory" in objective.loss.__module__ else {}
+        return loss_of(objective, batch_of(log_weight), **extra)
+
+    value, gradient = jax.value_and_grad(loss)(jnp.asarray(log_weight))
+    return float(value), np.asarray(gradient)
+
+
+@pytest.mark.parametrize("name", ["log_variance", "trajectory_balance"])
+def test_huber_is_the_square_near_and_linear_far(name):
+    factory = OBJECTIVES[name]
+    near = [1.0, 3.0, 5.0, 2.5]
+    plain, wide = (_of_shifted(factory(**o), near) for o in ({}, {"huber": 100.0}))
+    assert wide[0] == pytest.approx(plain[0], rel=1e-4)
+    np.testing.assert_allclose(wide[1], plain[1], rtol=1e-4, atol=1e-4)
+    far = [*near, -1e14, jnp.nan]
+    value, gradient = _of_shifted(factory(huber=2.0), far)
+    assert np.isfinite(value)
+    assert np.all(np.abs(gradient) <= 2 * 2.0)
+    assert gradient[4] < 0  # minus the loss' slope: this path must become likelier
+    assert gradient[5] == 0
+
+
+def test_huber_log_variance_is_balance_at_the_best_log_z():
+    """Twice the least mean loss over the centre, by brute force."""
+    x = np.array([0.3, -1.0, 2.0, 9.0, 8.5, -30.0, 0.1])
+    centres = np.linspace(-10, 10, 20_001)
+    r = np.abs(x[:, None] - centres)
+    h = np.where(r <= 1.5, r**2 / 2, 1.5 * (r - 0.75)).mean(axis=0)
+    objective = ds.objectives.log_variance(huber=1.5)
+    value, gradient = _of_shifted(objective, x)
+    assert value == pytest.approx(2 * h.min() * 7 / 6, rel=1e-4)
+    assert abs(gradient.sum()) < 1e-3  # blind to log Z
+
+
+@pytest.mark.parametrize("huber", [0.0, -1.0, float("nan")])
+@pytest.mark.parametrize("name", ["log_variance", "trajectory_balance"])
+def test_bad_huber(name, huber):
+    with pytest.raises(ValueError, match="huber must be positive"):
+        OBJECTIVES[name](huber=huber)
 
 
 # -- factories, pilots, sums ----------------------------------------------------------

@@ -5,6 +5,8 @@ and none may spoil a sampler that covers its target. One energy serves both: its
 are the place of the second mode, so that the probes compile once.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -157,6 +159,38 @@ def test_smc_that_did_not_arrive_says_so(monkeypatch):
     )
     with pytest.raises(ValueError, match=r"temperature 0\.25.*wider reference"):
         _probe("smc", TWO_MODES)
+
+
+def test_smc_whose_moves_are_rejected_says_so(monkeypatch):
+    stuck = _smc_result(True)._replace(particles=jnp.ones((64, DIM)))
+    monkeypatch.setattr(ds.mcmc, "smc_from_gaussian", lambda *_, **__: stuck)
+    with pytest.raises(ValueError, match="1 distinct points of 64"):
+        _probe("smc", TWO_MODES)
+
+
+def test_prior_draws_are_weighted_by_the_likelihood():
+    """Prior N(0, 9), likelihood that of two modes: the probe knows both shares."""
+
+    def log_likelihood(x):
+        return -TWO_MODES(x)
+
+    target = ds.Target(
+        energy=TWO_MODES,
+        dim=DIM,
+        log_likelihood=log_likelihood,
+        sample_prior=lambda key, n: 3.0 * jax.random.normal(key, (n, DIM)),
+    )
+    probe = ds.probes.prior(jax.random.key(0), target, num_draws=20_000)
+    assert not probe.target_draws
+    assert probe.num_energy_evaluations == 20_000
+    right = float(jnp.sum(jnp.where(probe.x[:, 0] > 0, probe.weights, 0.0)))
+    assert abs(right - 0.5) < 0.1
+    assert _draw(TWO_MODES, probe).diagnostics.verdict.startswith("do not trust")
+    nowhere = dataclasses.replace(target, log_likelihood=lambda x: x[0] - jnp.inf)
+    with pytest.raises(ValueError, match="positive likelihood"):
+        ds.probes.prior(jax.random.key(0), nowhere, num_draws=8)
+    with pytest.raises(ValueError, match="no prior"):
+        ds.probes.prior(jax.random.key(0), ds.targets.gmm9())
 
 
 def test_smc_finds_no_density():

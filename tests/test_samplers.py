@@ -119,6 +119,22 @@ def test_shapes_and_default_dtype(made):
         assert np.all(np.isfinite(leaf))
 
 
+def test_rounding_errors_of_a_weight_do_not_grow_with_the_dimension():
+    """An exact sampler of 1,000 dimensions: every weight is one."""
+    network = ds.networks.from_function(
+        lambda key, dim: jnp.zeros(()), lambda params, x, t, context: 0.0 * x
+    )
+    sampler = ds.samplers.dis(1_000, 64, scale=0.1, network=network)
+
+    def energy(x):
+        return jnp.sum(50.0 * x**2 + 0.5 * np.log(2 * np.pi * 0.01))
+
+    draw = jax.jit(jax.vmap(sampler, in_axes=(None, 0, None)), static_argnums=2)
+    keys = jax.random.split(jax.random.key(1), 64)
+    log_weight = draw(sampler.init(jax.random.key(0)), keys, energy).log_weight
+    assert float(jnp.max(jnp.abs(log_weight))) < 0.02
+
+
 def test_scored_paths_have_no_gradient_in_the_states(made):
     xs = made.draw(made.params, jax.random.key(1), made.with_data).xs
 

@@ -266,6 +266,14 @@ def test_training_learns(base):
     assert longer.metrics["elbo"][-50:].mean() > base.metrics["elbo"][:10].mean() + 0.2
 
 
+def test_noisier_paths_give_no_lower_bound():
+    """Of paths with exploration noise the mean log-weight may exceed log Z."""
+    metrics = fit(2, behaviour=ds.behaviours.exploration(0.5)).metrics
+    assert np.isnan(metrics["elbo"]).all()
+    assert np.isnan(metrics["ess"]).all()
+    assert np.isfinite(metrics["loss"]).all()
+
+
 # ------------------------------------------------------------------------- budgets
 
 
@@ -577,6 +585,8 @@ def test_bad_energies_are_named(words, energy):
         ("at least 2, got 1", {"batch_size": 1}),
         ("at least 2, got 0", {"batch_size": 0}),
         ("num_updates", {"num_updates": -1}),
+        ("max_seconds", {"max_seconds": -1.0}),
+        ("max_seconds", {"max_seconds": float("nan")}),
         ("updates_per_chunk", {"updates_per_chunk": 0}),
         ("folder", {"checkpoint": "/nowhere/at/all/run.ds"}),
         ("only repeats", {"behaviour": ds.behaviours.replay(64)}),

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from diffsamp import mcmc
 from diffsamp.behaviours.common import proposal, trace_back
@@ -44,7 +45,9 @@ def smc_seeded(
             prior; by default SMC starts at the sampler's reference.
 
     Raises:
-        ValueError: when a number is below 1, or ``prior`` has no prior.
+        ValueError: when a number is below 1, or ``prior`` has no prior; at the start
+            of training when SMC did not reach the target. A later run that does not
+            reach it leaves the particles as they are.
 
     Example:
         >>> import diffsamp as ds
@@ -78,13 +81,21 @@ def smc_seeded(
                 key, prior, num_particles=num_particles, num_mcmc_steps=num_mcmc_steps
             )
         state = SMCSeededState(result.particles, result.log_weight)
-        return state, Cost(
-            result.num_energy_evaluations, result.num_gradient_evaluations
-        )
+        cost = Cost(result.num_energy_evaluations, result.num_gradient_evaluations)
+        return state, cost, result
 
     def init(key, sampler, params, energy):
         del params
-        return run(key, sampler, energy)
+        state, cost, result = run(key, sampler, energy)
+        traced = isinstance(result.reached_target, Tracer)
+        if not traced and not bool(result.reached_target):
+            raise ValueError(
+                "tempered SMC stopped at inverse temperature "
+                f"{float(result.beta):.3g}, so its particles are not draws from the "
+                "target; raise num_particles or num_mcmc_steps, or set the sampler's "
+                "loc and scale to the target's (ds.standardise finds them)"
+            )
+        return state, cost
 
     def propose(state, key, sampler, params, energy, batch_size, count):
         del count
@@ -100,7 +111,9 @@ def smc_seeded(
             return state, none
 
         def again():
-            new, cost = run(key, sampler, energy)
+            new, cost, result = run(key, sampler, energy)
+            keep = result.reached_target  # otherwise these are not target draws
+            new = jax.tree.map(lambda a, b: jnp.where(keep, a, b), new, state)
             return new, Cost(*(jnp.asarray(c, jnp.int32) for c in cost))
 
         return jax.lax.cond((count + 1) % every == 0, again, lambda: (state, none))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax.numpy as jnp
+import optax
 
 from diffsamp.types import Array, Batch, Energy, Key, Params
 
@@ -23,6 +24,19 @@ def row_mean(values: Array, rows: Array) -> Array:
     kept = jnp.where(rows, values, jnp.zeros_like(values))
     count = jnp.sum(rows).astype(values.dtype)
     return jnp.sum(kept) / jnp.where(count > 0, count, jnp.nan)
+
+
+def half_square(residual: Array, huber: float | None) -> Array:
+    """``r^2 / 2``, or Huber's loss, linear beyond ``|r| = huber``."""
+    if huber is None:
+        return 0.5 * residual**2
+    return optax.huber_loss(residual, delta=huber)
+
+
+def check_huber(huber: float | None) -> None:
+    """Raises where it is neither None nor positive."""
+    if huber is not None and not huber > 0:
+        raise ValueError(f"huber must be positive or None, got {huber}")
 
 
 def safe(log_weight: Array, rows: Array) -> Array:

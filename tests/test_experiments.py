@@ -1,0 +1,197 @@
+"""The scripts: their options, what they write, what their tables say.
+
+`.ci/run` runs the quickstart as a user does; here are its parts, and whole small runs
+behind ``slow``.
+"""
+
+import importlib.util
+import json
+import pathlib
+import sys
+
+import numpy as np
+import pytest
+
+FOLDER = pathlib.Path(__file__).parents[1] / "experiments"
+
+
+def _script(name):
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
+
+
+@pytest.fixture(scope="module")
+def quickstart():
+    return _script("quickstart")
+
+
+@pytest.fixture
+def arguments(monkeypatch):
+    def use(*words):
+        monkeypatch.setattr(sys, "argv", ["script", *map(str, words)])
+
+    return use
+
+
+def test_a_wrong_target_lists_the_valid_names(quickstart):
+    with pytest.raises(SystemExit, match="unknown --target 'galaxy'") as caught:
+        quickstart.find_target("galaxy")
+    for name in ("galaxies_mixture", "two_sinusoids", "gmm9", "funnel_hard"):
+        assert name in str(caught.value)
+
+
+def test_targets_and_posteriors_are_found(quickstart):
+    target, posterior = quickstart.find_target("galaxies_mixture")
+    assert target.dim == posterior.dim == 8
+    target, posterior = quickstart.find_target("gmm9")
+    assert (target.dim, posterior) == (2, None)
+
+
+def test_options_of_the_quickstart(quickstart, arguments):
+    arguments()
+    assert quickstart.parse().target == "galaxies_mixture"
+    arguments(
+        *("--target", "gmm9", "--num-steps", 8, "--objective", "forward_kl"),
+        *("--seed", 3, "--out", "here", "--seconds", 4.5),
+    )
+    args = quickstart.parse()
+    assert (args.target, args.num_steps, args.seed) == ("gmm9", 8, 3)
+    assert (args.objective, args.seconds) == ("forward_kl", 4.5)
+    assert args.out == pathlib.Path("here")
+    arguments("--objective", "elbow")
+    with pytest.raises(SystemExit):
+        quickstart.parse()
+
+
+def test_json_knows_no_infinity(quickstart):
+    text = quickstart.dumps({"a": float("inf"), "b": float("nan"), "c": 1.5, "d": [0]})
+    assert json.loads(text) == {"a": None, "b": None, "c": 1.5, "d": [0]}
+
+
+ROW = {
+    "target": "galaxies_mixture",
+    "num_steps": 32,
+    "objective": "log_variance",
+    "training_seconds": 65.0,
+    "num_draws": 20_000,
+    "device": "cpu",
+    "versions": {"jax": "1.2.3"},
+    "log_z_true": -2.0,
+    "log_z": -2.25,
+    "log_z_standard_error": None,
+    "elbo": -3.0,
+    "eubo": 1.5,
+    "ess": 0.5,
+    "pareto_k": 0.75,
+    "mode_weights": [0.5, 0.5],
+    "mode_weights_true": [0.75, 0.25],
+    "mode_weights_nuts": [1.0, 0.0],
+    "num_evaluations": 1e6,
+    "seconds": 100.0,
+    "nuts_max_rhat": 4.0,
+    "nuts_seconds": 10.0,
+    "verdict": "do not trust: ...",
+}
+
+
+def test_table_of_the_quickstart(tmp_path, arguments, capsys):
+    for seed in (1, 0):
+        path = tmp_path / f"{seed}.json"
+        path.write_text(json.dumps({**ROW, "seed": seed}))
+    arguments(tmp_path / "1.json", tmp_path / "0.json")
+    _script("quickstart_table").main()
+    lines = capsys.readouterr().out.splitlines()
+    cells = [cell.strip() for cell in lines[2].split("|")[1:-1]]
+    assert cells[:9] == [
+        "0",
+        "-0.250",
+        "inf",
+        "1.00",
+        "3.50",
+        "0.500",
+        "0.75",
+        "0.250",
+        "1.00e+06",
+    ]
+    assert len(cells) == lines[0].count("|") - 1
+    assert "galaxies_mixture, 32 steps" in lines[-1]
+
+
+def test_table_of_the_benchmark_has_mean_and_worst(tmp_path, arguments, capsys):
+    benchmark = _script("benchmark")
+    shared = {"target": "gmm9", "method": "smc", "num_draws": 10}
+    shared |= {"device": "cpu", "python": "3", "versions": {"jax": "1.2.3"}}
+    rows = [
+        {**shared, "seed": seed, "log_z_error": error, "w2_ratio": ratio}
+        for seed, error, ratio in ((3, 0.25, 1.0), (2, -0.75, 0.75))
+    ]
+    out = tmp_path / "rows.jsonl"
+    out.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments("table", out)
+    benchmark.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2].startswith("| gmm9 | smc | 2, 3 | -0.2500 (-0.7500) |")
+    assert "0.875 (0.750)" in lines[2]
+
+
+def test_cells_that_are_there_are_not_run_again(tmp_path, arguments, monkeypatch):
+    benchmark = _script("benchmark")
+    out, ran = tmp_path / "rows.jsonl", []
+
+    def fake(cell, method, seed, args):
+        ran.append((cell.target, method, seed))
+        return {"log_z_error": np.float32(0.5)}
+
+    monkeypatch.setattr(benchmark, "run_sampler", fake)
+    options = ("run", "--out", out, "--seeds", 7, "--methods", "on_policy", "seeded")
+    arguments(*options, "--targets", "gmm9", "gmm25")
+    benchmark.main()
+    wanted = [
+        ("gmm9", "on_policy", 7),
+        ("gmm25", "on_policy", 7),
+        ("gmm25", "seeded", 7),
+    ]
+    assert ran == wanted
+    benchmark.main()
+    assert ran == wanted
+    assert [row["seed"] for row in benchmark.read(out)] == [7, 7, 7]
+
+
+@pytest.mark.slow
+def test_a_small_quickstart(quickstart, tmp_path, arguments, capsys):
+    arguments(
+        *("--target", "gmm9", "--num-steps", 4, "--seconds", 1, "--num-draws", 200),
+        *("--num-particles", 256, "--out", tmp_path),
+    )
+    quickstart.main()
+    printed = capsys.readouterr().out
+    for words in ("log Z", "verdict", "mode weights", "R-hat", "EUBO"):
+        assert words in printed
+    numbers = json.loads((tmp_path / "quickstart.json").read_text())
+    assert numbers["elbo"] < numbers["eubo"]
+    assert (tmp_path / "quickstart.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_a_small_benchmark(tmp_path, arguments, monkeypatch):
+    benchmark = _script("benchmark")
+    cell = benchmark.Cell("gmm9", 3.0, 0.2, 4, 3, methods=("on_policy", "smc"))
+    monkeypatch.setattr(benchmark, "CELLS", (cell,))
+    monkeypatch.setattr(benchmark, "NUM_POINTS", 100)
+    monkeypatch.setattr(benchmark, "SINKHORN_POINTS", 50)
+    monkeypatch.setattr(benchmark, "NUM_PARTICLES", 128)
+    out = tmp_path / "rows.jsonl"
+    arguments(
+        "run", "--targets", "gmm9", "--seeds", 0, "--num-draws", 200, "--out", out
+    )
+    benchmark.main()
+    rows = benchmark.read(out)
+    assert [row["method"] for row in rows] == ["on_policy", "smc"]
+    for row in rows:
+        assert row["gradient_evaluations"] > 0
+        assert row["w2_ratio"] > 0
+        assert row["sinkhorn_ratio"] > 0
+    assert rows[0]["elbo_gap"] > 0
