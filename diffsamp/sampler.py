@@ -344,6 +344,7 @@ class Sampler:
         score = path.last_score
         if not self.needs_score:  # otherwise it is known already
             energy_value, score = self._score_at(self._bind(energy, condition), y)
+            path = path._replace(energy=energy_value)
         # Not by differentiating through the energy: one path whose energy is not a
         # number must not spoil the gradient of the whole batch.
         score = jnp.where(jnp.isfinite(score), score, jnp.zeros_like(score))
