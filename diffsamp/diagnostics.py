@@ -414,7 +414,7 @@ def missing_mass(
 def _unexplained(log_weight, top, top_share, b, v, resolution) -> float:
     """Probe points above the own weights beyond what their tail explains."""
     # k-hat has a standard error of about 0.1, and too low a value would alarm.
-    k = float(np.clip(pareto_smooth(log_weight).pareto_k + 0.1, 0.1, PARETO_K_LIMIT))
+    k = float(np.clip(pareto_smooth(log_weight).pareto_k + 0.2, 0.2, PARETO_K_LIMIT))
     num_probe = 1 / np.sum(v**2)
     worst = -np.inf
     for margin in (resolution, 1.0, 3.0, 10.0):
