@@ -145,7 +145,7 @@ def prior(key: Key, target: Target, *, num_draws: int = 10_000) -> Probe:
         >>> from diffsamp import posteriors
         >>> target = posteriors.two_sinusoids().target()
         >>> ds.probes.prior(jax.random.key(0), target, num_draws=64).x.shape
-        (64, 4)
+        (64, 6)
     """
     if target.sample_prior is None or target.log_likelihood is None:
         raise ValueError(
