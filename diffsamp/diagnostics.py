@@ -432,8 +432,7 @@ def is_collapsed(coverage: CoverageCheck | None) -> bool:
         coverage: result of `missing_mass`, or None without a probe.
 
     Returns:
-        True where the missing mass is beyond its noise and not negligible (5 %), or
-        where probe points lie above the own weights in numbers that nothing explains.
+        True where the missing mass is beyond its noise and not negligible (5 %).
 
     Example:
         >>> from diffsamp import diagnostics
@@ -443,7 +442,7 @@ def is_collapsed(coverage: CoverageCheck | None) -> bool:
     if coverage is None:
         return False
     threshold = max(coverage.tolerance, MISSING_MASS_NEGLIGIBLE)
-    return coverage.missing_mass > threshold or coverage.unexplained > 0
+    return coverage.missing_mass > threshold
 
 
 def verdict(
@@ -457,12 +456,12 @@ def verdict(
     """One sentence on what the draws are good for, and what to change.
 
     * ``"do not trust: ..."`` where no weights exist, k-hat is 0.7 or more (or unknown),
-      more than 1 % of the weights are not numbers, or the probe found missing mass or
-      a place, however small, where the sampler does not come (`is_collapsed`);
+      more than 1 % of the weights are not numbers, or the probe found missing mass
+      (`is_collapsed`);
     * ``"reweight (coverage unchecked)"``, exactly, where all is well but no independent
       probe was made; ``"reweight (...)"`` where the probe is too small to exclude a
-      missing mass of 10 %, shows a smaller one beyond noise, or a few weights are not
-      numbers;
+      missing mass of 10 %, shows a smaller one beyond noise or a small part of the
+      target where the sampler does not come at all, or a few weights are not numbers;
     * ``"trust"`` otherwise, with a note to use the weights where the ESS asks for it.
 
     Args:
@@ -490,11 +489,10 @@ def verdict(
         )
     if is_collapsed(coverage):
         assert coverage is not None
-        mass = max(coverage.missing_mass, coverage.beyond)
-        form = ".0%" if mass > 0.095 else ".1%"
         return (
-            f"do not trust: probe points hold about {mass:{form}} of the mass where "
-            "the sampler has (almost) none; the sampler has lost a part of the target: "
+            f"do not trust: probe points hold about {coverage.missing_mass:.0%} of the "
+            "mass where the sampler has (almost) none (noise level "
+            f"{coverage.tolerance:.0%}); the sampler has lost a part of the target: "
             "train with the replay, smc_seeded or reference-draws behaviour, or widen "
             "the reference to the target's scale"
         )
@@ -520,6 +518,13 @@ def verdict(
         )
     if coverage is None:
         return "reweight (coverage unchecked)"
+    if coverage.unexplained > 0:
+        return (
+            f"reweight (about {coverage.beyond:.1%} of the probe lies where the "
+            "sampler has (almost) nothing: that part of the target is absent from the "
+            "draws, and log Z is low by as much as it holds, beyond its standard "
+            "error; train longer on more SMC particles or reference draws)"
+        )
     if not coverage.upper <= MISSING_MASS_LIMIT:
         return (
             "reweight (coverage unchecked: probe or draws too few to exclude a missing "
