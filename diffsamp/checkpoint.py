@@ -3,8 +3,7 @@
 One file holds a magic line, the SHA-256 of all that follows, a JSON header of stated
 length and a msgpack payload made by `flax.serialization`. Files are written beside
 their place and renamed into it, so that a killed process leaves the old file or the new
-one.
-Nothing is unpickled: a file is data, and classes come from a fixed table.
+one. Nothing is unpickled: a file is data, and classes come from a fixed table.
 """
 
 from __future__ import annotations

@@ -41,20 +41,6 @@ is for equal weights. The one-sided Smirnov limit P(D > s x) = exp(-x^2 / 2) the
 Dvoretzky-Kiefer-Wolfowitz-Massart number. Under heavy-tailed weights F_own lacks its
 upper tail and D is biased upwards; k-hat reports that case.
 
-Few points, far off. A lost mode of small mass hides in that noise, but not in the size
-of the weights: its points lie above *every* own weight, by far. How many probe points
-may lie above e^c times the largest own weight follows from the tail of the own weights.
-For a Pareto tail with shape k < 1, of which the largest of N draws is exceeded with
-probability U / N (U standard exponential for large N), that weight has the share
-u_max = U^-k N^(k-1) (1-k) of the total, and the target mass above e^c times it is
-
-    m(c) = U u_max e^(c (1 - 1/k)) / (1 - k).
-
-With U <= 7 (99.9 %) and M_eff probe points, their number is at most Poisson with mean
-M_eff m(c); `unexplained` is by how many the found number exceeds this mean, three of
-its standard deviations and two points more, at the worst c. Two points cannot be told
-from luck or from an SMC particle that was left behind.
-
 Few points, far off. A lost part of small mass hides in that noise, but not in the size
 of its weights: its points lie above *every* own weight, by far. How many probe points
 may lie above c times the largest own weight follows from the tail of the own weights.

@@ -279,14 +279,14 @@ def table(args):
         if "verdict" in r
     ]
     first = rows[0]
+    repeats = ", ".join(f"{c.num_repeats} for {c.target}" for c in CELLS)
     note = (
         f"Mean (worst) over seeds, {first['num_draws']:,} draws, {first['device']}, "
         f"Python {first['python']}, "
         + ", ".join(f"{k} {v}" for k, v in first["versions"].items())
         + f". W2 ({NUM_POINTS:,} points) and the debiased Sinkhorn divergence "
-        f"({SINKHORN_POINTS:,} points) are means over disjoint sets, 50 of them for "
-        "gmm9 and 10 for the others, over the same between exact sets; their noise is "
-        "the standard error of one seed."
+        f"({SINKHORN_POINTS:,} points) are means over disjoint sets ({repeats}) over "
+        "the same between exact sets; their noise is the standard error of one seed."
     )
     print("\n".join([*lines, "", note, "", "Verdicts:", "", *verdicts]))
 

@@ -49,7 +49,7 @@ def main():
             f"{row['log_z'] - row['log_z_true']:+.3f}",
             number(row["log_z_standard_error"], ".3f"),
             f"{row['log_z_true'] - row['elbo']:.2f}",
-            f"{row['eubo'] - row['log_z_true']:.2f}",
+            "inf" if row["eubo"] is None else f"{row['eubo'] - row['log_z_true']:.2f}",
             f"{row['ess']:.3f}",
             number(row["pareto_k"], ".2f"),
             f"{worst_mode_error(row, 'mode_weights'):.3f}",
