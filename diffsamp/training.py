@@ -657,9 +657,8 @@ def _configuration(recipe: Recipe) -> dict[str, str]:
         return f"{getattr(function, '__module__', None)} {digest}"
 
     objective, behaviour = recipe.objective, recipe.behaviour
-
-    parts = {
-        "sampler": repr(recipe.sampler),
+    return {
+        "sampler": _stable_repr(recipe.sampler),
         "batch_size": str(recipe.batch_size),
         "ema_decay": str(recipe.ema_decay),
         "objective": name_and_digest(objective, objective.loss),
@@ -667,8 +666,11 @@ def _configuration(recipe: Recipe) -> dict[str, str]:
         "optimizer": name_and_digest(recipe.optimizer, recipe.optimizer.update),
         "anneal": name_and_digest(recipe.anneal, recipe.anneal),
     }
-    # Functions move in memory between processes.
-    return {k: re.sub(r" at 0x[0-9a-fA-F]+", "", text) for k, text in parts.items()}
+
+
+def _stable_repr(value: Any) -> str:
+    """Without addresses: functions move in memory between processes."""
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))
 
 
 def _energies_at_fixed_points(sampler: Sampler, energy: Energy) -> list[float]:
@@ -702,7 +704,7 @@ def _described(value: Any, seen: tuple[int, ...] = ()) -> str:
         cells = inspect.getclosurevars(function).nonlocals
         held = (cells, function.__defaults__, function.__kwdefaults__)
         return f"{function.__module__}.{function.__qualname__}{_described(held, seen)}"
-    return repr(value)
+    return _stable_repr(value)
 
 
 def _optimizer(optimizer, max_grad_norm):

@@ -424,6 +424,26 @@ def test_another_configuration(halfway, tmp_path, options):
     _refused(path, "another configuration", **options)
 
 
+def test_functions_inside_a_behaviour_may_move_in_memory(tmp_path):
+    """As they do from one process to the next: this is the same configuration."""
+
+    def behaviour():
+        target = ds.Target(
+            energy=lambda x: jnp.sum(x**2),
+            dim=DIM,
+            log_prior=lambda x: -jnp.sum(x**2),
+            log_likelihood=lambda x: 0.0 * jnp.sum(x),
+            sample_prior=lambda key, n: jax.random.normal(key, (n, DIM)),
+        )
+        seeded = ds.behaviours.smc_seeded(8, num_mcmc_steps=1, prior=target)
+        return ds.behaviours.mixture((ds.behaviours.on_policy(), 1), (seeded, 1))
+
+    path = tmp_path / "run.ds"
+    first = fit(0, behaviour=behaviour(), checkpoint=path)
+    again = fit(0, behaviour=behaviour(), checkpoint=path)
+    assert_same(again.state, first.state)
+
+
 def test_another_energy(halfway, tmp_path):
     """Data of equal shape: the answer to another question."""
     path = tmp_path / "run.ds"
