@@ -23,6 +23,7 @@ from diffsamp.drawing import draw as draw
 from diffsamp.drawing import log_weights_of as log_weights_of
 from diffsamp.evaluation import evaluate as evaluate
 from diffsamp.probes import Probe as Probe
+from diffsamp.sampler import Bounds as Bounds
 from diffsamp.sampler import Sampler as Sampler
 from diffsamp.standardise import Reference as Reference
 from diffsamp.standardise import prior_draws as prior_draws
@@ -54,6 +55,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Batch",
     "Behaviour",
+    "Bounds",
     "CheckpointError",
     "Cost",
     "Diagnostics",

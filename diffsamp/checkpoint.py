@@ -22,7 +22,7 @@ from flax import linen as nn
 from flax import serialization
 
 from diffsamp import networks, processes, schedules
-from diffsamp.sampler import Sampler
+from diffsamp.sampler import Bounds, Sampler
 from diffsamp.types import Params, PyTree
 
 MAGIC = b"diffsamp-file\n"
@@ -32,6 +32,7 @@ _CLASSES = {
     cls.__name__: cls
     for cls in (
         Sampler,
+        Bounds,
         processes.PinnedBrownian,
         processes.VariancePreserving,
         processes.Brownian,
@@ -41,6 +42,8 @@ _CLASSES = {
         schedules.CosinePowerNoise,
         schedules.PowerGrid,
         networks.LinenControl,
+        networks.LinenBackbone,
+        networks.FourierMLP,
         networks.FreeModule,
         networks.ScoreGuidedModule,
         networks.AnnealedScoreModule,

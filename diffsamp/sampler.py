@@ -26,11 +26,35 @@ from jax.ad_checkpoint import checkpoint_name
 
 from diffsamp._distributions import normal_log_prob, standard_normal
 from diffsamp.energies import as_key, bind_condition, check_energy
-from diffsamp.networks import Context, Control
+from diffsamp.networks import Backbone, Context, Control
 from diffsamp.processes import Process
 from diffsamp.types import Array, Energy, Key, Params, Path, Trajectory
 
 _EVALUATED = "energy and score"  # what rematerialisation keeps: O(K D) numbers
+
+
+@dataclasses.dataclass(frozen=True)
+class Bounds:
+    """How far a learned kernel may go from the reference's.
+
+    Attributes:
+        log_variance: c: the learned log-variance is the reference's plus
+            ``c tanh(s / c)`` for a network output s.
+        shift: m: the mean moves by ``m tanh(d / m)`` standard deviations of the
+            reference's kernel instead of d of them; None for no bound.
+
+    Raises:
+        ValueError: when a bound is not positive and finite.
+    """
+
+    log_variance: float = 4.0
+    shift: float | None = None
+
+    def __post_init__(self):
+        for name in ("log_variance", "shift"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name} must be positive and finite, got {value}")
 
 
 class Evaluations(NamedTuple):
@@ -61,6 +85,16 @@ class Final(NamedTuple):
     energy: Array
 
 
+_NOW_AND_LATER = slice(None, -1), slice(1, None)
+
+
+class _Seen(NamedTuple):
+    """What is known of one state: its score [D] or [0], and features [H] or None."""
+
+    score: Array
+    features: Array | None
+
+
 class _Step(NamedTuple):
     """Constants of one step; every field is a scalar (or stacked, [K])."""
 
@@ -87,11 +121,14 @@ class Sampler:
         process: the pair of reference kernels.
         generation: control of the generation kernel.
         destruction: control of the destruction kernel, or None for the reference's.
+        backbone: network whose features both controls build on, or None where each has
+            its own.
         loc: location of the reference, a number or D numbers (kept as a tuple), in
             units of x.
         scale: standard deviation of the reference, likewise.
         condition_dim: size of the condition of a conditional energy; 0 for none.
-        variance_range: learned log-variances stay within this of the reference's.
+        generation_bounds: how far the generation kernel may leave the reference's.
+        destruction_bounds: the same of the destruction kernel.
 
     Raises:
         ValueError: when dim or num_steps is below 1, loc or scale has another length
@@ -106,7 +143,9 @@ class Sampler:
     loc: float | Sequence[float] = 0.0
     scale: float | Sequence[float] = 1.0
     condition_dim: int = 0
-    variance_range: float = 2.0
+    backbone: Backbone | None = None
+    generation_bounds: Bounds = Bounds()
+    destruction_bounds: Bounds = Bounds()
 
     def __post_init__(self):
         for name in ("dim", "num_steps"):
@@ -135,16 +174,18 @@ class Sampler:
             key: random key; consumed.
 
         Returns:
-            ``{"generation": ...}`` and, if it is learned, ``"destruction"``.
+            ``{"generation": ...}`` and, where they are learned, ``"destruction"`` and
+            ``"backbone"``.
         """
-        generation, destruction = jax.random.split(as_key(key))
-        params = {
-            "generation": self.generation.init(generation, self.dim, self.condition_dim)
-        }
+        key = as_key(key)
+        generation, destruction = jax.random.split(key)
+        sizes, params = (self.dim, self.condition_dim), {}
+        if self.backbone is not None:
+            params["backbone"] = self.backbone.init(jax.random.fold_in(key, 2), *sizes)
+            sizes = (*sizes, self.backbone.feature_dim)
+        params["generation"] = self.generation.init(generation, *sizes)
         if self.destruction is not None:
-            params["destruction"] = self.destruction.init(
-                destruction, self.dim, self.condition_dim
-            )
+            params["destruction"] = self.destruction.init(destruction, *sizes)
         return params
 
     def __call__(
@@ -233,6 +274,8 @@ class Sampler:
     def evaluations_per_path(self) -> Evaluations:
         """Cost of drawing one weighted path, or of tracing one back and scoring it."""
         networks = self.num_steps * (1 + (self.destruction is not None))
+        if self.backbone is not None:  # once per state; the heads are nothing
+            networks = self.num_steps + 1
         if self.needs_score:
             return Evaluations(0, self.num_steps + 1, networks)
         return Evaluations(1, 0, networks)
@@ -279,19 +322,29 @@ class Sampler:
         energy = self._bind(energy, condition)
         steps, dtype = self._steps(), self._dtype
         x = jax.lax.stop_gradient(jnp.asarray(x, dtype))
-        score_in_loop = self.destruction is not None and self.destruction.needs_score
+        in_loop = self.destruction is not None and self.destruction.needs_score
+
+        def evaluate(y):
+            return self._value_and_score(energy, y) if in_loop else _nothing(dtype)
 
         def body(y, step):
-            score = self._score(energy, y) if score_in_loop else _empty(dtype)
-            mean, std = self._destroy(params, step, y, score, condition)
+            value, score = evaluate(y)
+            features = self._features(params, y, step.next_time, condition)
+            seen = _Seen(score, features)
+            mean, std = self._destroy(params, step, y, seen, condition)
             noise = standard_normal(
                 jax.random.fold_in(key, step.index), (self.dim,), dtype
             )
-            return mean + std * noise, y
+            return mean + std * noise, (y, value, score)
 
-        first, later = jax.lax.scan(body, self._unit(x), steps, reverse=True)
-        xs = self._original(jnp.concatenate([first[None], later]))
-        return self._complete(xs.at[-1].set(x), energy, None)
+        first, (later, values, scores) = jax.lax.scan(
+            body, self._unit(x), steps, reverse=True
+        )
+        xs = self._original(jnp.concatenate([first[None], later])).at[-1].set(x)
+        if not in_loop:
+            return self._complete(xs, energy, None)
+        scores = jnp.concatenate([self._score(energy, first)[None], scores])
+        return Path(xs, values[-1], scores[:-1], scores[-1])
 
     def score_path(
         self, params: Params, path: Path, condition: Array | None = None
@@ -301,22 +354,29 @@ class Sampler:
         Differentiable in params, never in the states.
         """
         path = jax.lax.stop_gradient(path)
-        ys, steps = self._unit(path.xs), self._steps()
-        next_scores = jnp.concatenate([path.scores[1:], path.last_score[None]])
-
-        def one(step, y, y_next, score, next_score):
-            mean, std = self._generate(params, step, y, score, condition)
-            log_generation = self._log_density(y_next, mean, std)
-            mean, std = self._destroy(params, step, y_next, next_score, condition)
-            return log_generation, self._log_density(y, mean, std)
-
-        log_generation, log_destruction = jax.vmap(one)(
-            steps, ys[:-1], ys[1:], path.scores, next_scores
-        )
+        ys = self._unit(path.xs)
+        generation, destruction = self._kernels(params, path, condition)
+        log_density = jax.vmap(self._log_density)
+        log_generation = log_density(ys[1:], *generation)
+        log_destruction = log_density(ys[:-1], *destruction)
         log_prior = self._log_prior(ys[0])
         return self._trajectory(
             path.xs, log_prior, log_generation, log_destruction, path.energy
         )
+
+    def log_variance_ratios(
+        self, params: Params, path: Path, condition: Array | None = None
+    ) -> Array:
+        """Log of generation over destruction variance along a path, [K, D].
+
+        Zero for the transition out of a point mass, where there is no such ratio.
+        """
+        (_, generation), (_, destruction) = self._kernels(params, path, condition)
+        log_ratio = 2 * (jnp.log(generation) - jnp.log(destruction))
+        log_ratio = jnp.where(destruction > 0, log_ratio, jnp.zeros_like(log_ratio))
+        if log_ratio.ndim == 1:
+            log_ratio = log_ratio[:, None]
+        return jnp.broadcast_to(log_ratio, (self.num_steps, self.dim))
 
     def final(
         self, params: Params, key: Key, energy: Energy, condition: Array | None = None
@@ -357,36 +417,61 @@ class Sampler:
 
     # -- one step ---------------------------------------------------------------------
 
-    def _generate(self, params, step: _Step, y, score, condition):
-        context = Context(score, step.score_gain, condition)
+    def _features(self, params, y, time, condition):
+        if self.backbone is None:
+            return None
+        return self.backbone(params["backbone"], y, time, condition)
+
+    def _generate(self, params, step: _Step, y, seen: _Seen, condition):
+        context = Context(seen.score, step.score_gain, condition, seen.features)
         control = self.generation(params["generation"], y, step.time, context)
         mean = step.generation_decay * y
-        return self._controlled(mean, step.generation_std, control)
+        return self._controlled(
+            mean, step.generation_std, control, self.generation_bounds
+        )
 
-    def _destroy(self, params, step: _Step, y_next, next_score, condition):
-        mean = step.destruction_decay * y_next
-        if self.destruction is not None:
-            context = Context(next_score, step.score_gain, condition)
-            control = self.destruction(
-                params["destruction"], y_next, step.next_time, context
-            )
-            return self._controlled(mean, step.destruction_std, control)
-        return mean, step.destruction_std
+    def _destroy(self, params, step: _Step, y_next, seen: _Seen, condition):
+        mean, std = step.destruction_decay * y_next, step.destruction_std
+        if self.destruction is None:
+            return mean, std
+        context = Context(seen.score, step.score_gain, condition, seen.features)
+        control = self.destruction(
+            params["destruction"], y_next, step.next_time, context
+        )
+        return self._controlled(mean, std, control, self.destruction_bounds)
 
-    def _controlled(self, mean, std, control):
+    def _controlled(self, mean, std, control, bounds: Bounds):
         """Adds a control to a kernel of the reference."""
         if control.shape not in ((self.dim,), (2 * self.dim,)):
             raise ValueError(
                 f"network must return [{self.dim}] or, with log-variances, "
                 f"[{2 * self.dim}] numbers for one point, got {list(control.shape)}"
             )
-        drift = control[: self.dim].astype(mean.dtype)
-        mean = mean + std / math.sqrt(self.num_steps) * drift
+        shift = control[: self.dim].astype(mean.dtype) / math.sqrt(self.num_steps)
+        if bounds.shift is not None:
+            shift = _within(shift, bounds.shift)
+        mean = mean + std * shift
         if control.shape[-1] > self.dim:
-            bound = self.variance_range
             log_variance = control[self.dim :].astype(mean.dtype)
-            std = std * jnp.exp(0.5 * bound * jnp.tanh(log_variance / bound))
+            std = std * jnp.exp(0.5 * _within(log_variance, bounds.log_variance))
         return mean, std
+
+    def _kernels(self, params, path: Path, condition):
+        """Mean and standard deviation of all kernels along a path, both ways."""
+        ys, steps = self._unit(path.xs), self._steps()
+        times = jnp.concatenate([steps.time, steps.next_time[-1:]])
+        scores = jnp.concatenate([path.scores, path.last_score[None]])
+        features = jax.vmap(lambda y, t: self._features(params, y, t, condition))(
+            ys, times
+        )
+        seen = _Seen(scores, features)
+
+        def one(step, y, y_next, seen, next_seen):
+            generation = self._generate(params, step, y, seen, condition)
+            return generation, self._destroy(params, step, y_next, next_seen, condition)
+
+        now, later = (jax.tree.map(lambda a, s=s: a[s], seen) for s in _NOW_AND_LATER)
+        return jax.vmap(one)(steps, ys[:-1], ys[1:], now, later)
 
     def _log_density(self, y, mean, std):
         """Density in units of x; 0 for the transition into a point mass."""
@@ -432,26 +517,30 @@ class Sampler:
         extra = jnp.asarray(extra_std, dtype)
 
         def body(carry, step) -> tuple[Any, Any]:
-            y, score, _ = carry
-            mean, std = self._generate(params, step, y, score, condition)
+            y, seen, _ = carry
+            mean, std = self._generate(params, step, y, seen, condition)
             noise = standard_normal(
                 jax.random.fold_in(key, step.index), (self.dim,), dtype
             )
             y_next = mean + jnp.sqrt(std**2 + extra**2) * noise
             value, next_score = self._value_and_score(energy, y_next)
             value, next_score = checkpoint_name((value, next_score), _EVALUATED)
+            features = self._features(params, y_next, step.next_time, condition)
+            next_seen = _Seen(next_score, features)
             log_densities_of_step = None
             if log_densities:
                 log_generation = self._log_density(y_next, mean, std)
-                mean, std = self._destroy(params, step, y_next, next_score, condition)
+                mean, std = self._destroy(params, step, y_next, next_seen, condition)
                 log_densities_of_step = log_generation, self._log_density(y, mean, std)
-            kept = (y, score) if keep else None
-            return (y_next, next_score, value), (log_densities_of_step, kept)
+            kept = (y, seen.score) if keep else None
+            return (y_next, next_seen, value), (log_densities_of_step, kept)
 
         log_prior = self._log_prior(y)
-        carry = (y, self._score(energy, y), jnp.zeros((), dtype))
+        features = self._features(params, y, steps.time[0], condition)
+        seen = _Seen(self._score(energy, y), features)
+        carry = (y, seen, jnp.zeros((), dtype))
         scan = _sqrt_scan if remat else jax.lax.scan
-        (y, last_score, value), (densities, kept) = scan(body, carry, steps)
+        (y, (last_score, _), value), (densities, kept) = scan(body, carry, steps)
         if not self.needs_score:
             value = energy(self._original(y))
         log_generation, log_destruction = densities if log_densities else (None, None)
@@ -522,9 +611,7 @@ class Sampler:
         return lambda x: jnp.asarray(bound(x), self._dtype)
 
     def _value_and_score(self, energy: Energy, y: Array):
-        if not self.needs_score:
-            return jnp.zeros((), y.dtype), _empty(y.dtype)
-        return self._score_at(energy, y)
+        return self._score_at(energy, y) if self.needs_score else _nothing(y.dtype)
 
     def _score_at(self, energy: Energy, y: Array):
         """Energy, and minus its gradient in unit coordinates, as constants."""
@@ -536,8 +623,14 @@ class Sampler:
         return self._value_and_score(energy, y)[1]
 
 
-def _empty(dtype) -> Array:
-    return jnp.zeros((0,), dtype)
+def _nothing(dtype) -> tuple[Array, Array]:
+    """In place of an energy and a score that nobody asks for."""
+    return jnp.zeros((), dtype), jnp.zeros((0,), dtype)
+
+
+def _within(value: Array, bound: float) -> Array:
+    """The value, saturating smoothly at plus and minus the bound."""
+    return bound * jnp.tanh(value / bound)
 
 
 def _row(value: np.ndarray, like: Array):

@@ -41,11 +41,29 @@ SAMPLERS = {
         network=ds.networks.free(**SMALL, learn_variance=True),
         destruction_network=ds.networks.free(**SMALL, learn_variance=True),
     ),
+    "pis_learned": _sampler(
+        ds.samplers.pis,
+        network=ds.networks.score_guided(**SMALL, learn_variance=True),
+        destruction_network=ds.networks.score_guided(**SMALL, learn_variance=True),
+        destruction_bounds=ds.Bounds(log_variance=1.0, shift=0.7),
+    ),
+    "dds_learned": _sampler(
+        ds.samplers.dds,
+        network=ds.networks.free(**SMALL, learn_variance=True),
+        destruction_network=ds.networks.reference_guided(**SMALL),
+    ),
+    "dis_shared": _sampler(
+        ds.samplers.dis,
+        network=ds.networks.annealed_score_guided(**SMALL, learn_variance=True),
+        destruction_network=ds.networks.free(**SMALL, learn_variance=True),
+        backbone=ds.networks.backbone(**SMALL),
+    ),
 }
 
-# Samplers that differ from another one by their network alone: left out where only the
-# process matters.
-VARIANTS = {"dis_free", "gbs_variance"}
+# Samplers that differ from another one by what is learned alone: left out where only
+# the process matters.
+LEARNED = ["gbs_variance", "pis_learned", "dds_learned", "dis_shared"]
+VARIANTS = {"dis_free", *LEARNED}
 PROCESSES = [name for name in SAMPLERS if name not in VARIANTS]
 
 OBJECTIVES = {

@@ -131,6 +131,17 @@ def _samplers():
         ),
     )
     yield "conditional", ds.samplers.dis(3, 5, condition_dim=2, network=TINY)
+    yield (
+        "learned kernels on a shared backbone",
+        ds.samplers.pis(
+            3,
+            5,
+            learn_generation_variance=True,
+            learn_destruction=True,
+            backbone=networks.backbone(4, 1),
+            destruction_bounds=ds.Bounds(1.5, shift=2.0),
+        ),
+    )
 
 
 SAMPLERS = list(_samplers())

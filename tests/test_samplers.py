@@ -165,13 +165,15 @@ def test_step_counts_share_parameters(made):
 # -- float64 and the gradient of a rollout --------------------------------------------
 
 
-def _kernel(sampler, k, y, decay, std, control):
+def _kernel(sampler, k, y, decay, std, control, bounds):
     """Mean and standard deviation, as the docstrings state them."""
-    mean = decay[k] * y + std[k] / math.sqrt(sampler.num_steps) * control[: sampler.dim]
-    bound = sampler.variance_range
+    shift = control[: sampler.dim] / math.sqrt(sampler.num_steps)
+    if bounds.shift is not None:
+        shift = bounds.shift * jnp.tanh(shift / bounds.shift)
+    mean, c = decay[k] * y + std[k] * shift, bounds.log_variance
     spread = control[sampler.dim :]
     if spread.size:
-        return mean, std[k] * jnp.exp(0.5 * bound * jnp.tanh(spread / bound))
+        return mean, std[k] * jnp.exp(0.5 * c * jnp.tanh(spread / c))
     return mean, jnp.full(sampler.dim, std[k])
 
 
@@ -193,7 +195,10 @@ def _by_hand(sampler, params, y, noise):
     def control(network, group, y, t, gain):
         score = -scale * jax.grad(skewed_energy)(jax.lax.stop_gradient(loc + scale * y))
         score = score if network.needs_score else jnp.zeros((0,))
-        context = Context(score, jnp.asarray(gain), None)
+        features = None
+        if sampler.backbone is not None:
+            features = sampler.backbone(params["backbone"], y, jnp.asarray(t), None)
+        context = Context(score, jnp.asarray(gain), None, features)
         return network(params[group], y, jnp.asarray(t), context)
 
     log_volume = jnp.sum(jnp.log(scale))
@@ -204,7 +209,7 @@ def _by_hand(sampler, params, y, noise):
         t, t_next, gain = table.times[k], table.times[k + 1], table.score_gain[k]
         u = control(sampler.generation, "generation", y, t, gain)
         generation = table.generation_decay, table.generation_std
-        mean, std = _kernel(sampler, k, y, *generation, u)
+        mean, std = _kernel(sampler, k, y, *generation, u, sampler.generation_bounds)
         used.append((ys[k + 1] - mean) / std if ys is not None else noise[k])
         y_next = mean + std * used[-1]
         total -= _log_normal(y_next, mean, std) - log_volume
@@ -212,14 +217,15 @@ def _by_hand(sampler, params, y, noise):
         if sampler.destruction is not None:
             v = control(sampler.destruction, "destruction", y_next, t_next, gain)
         destruction = table.destruction_decay, table.destruction_std
-        mean, std = _kernel(sampler, k, y_next, *destruction, v)
+        bounds = sampler.destruction_bounds
+        mean, std = _kernel(sampler, k, y_next, *destruction, v, bounds)
         if table.destruction_std[k] > 0:
             total += _log_normal(y, mean, std) - log_volume
         y = y_next
     return total - skewed_energy(loc + scale * y), jnp.stack(used)
 
 
-@pytest.mark.parametrize("name", mostly_slow(SAMPLERS, "pis", "gbs_variance"))
+@pytest.mark.parametrize("name", mostly_slow(SAMPLERS, "pis_learned", "dis_shared"))
 def test_rollout_gradient_is_that_of_a_plain_loop(x64, name):
     sampler = SAMPLERS[name](num_steps=5)  # two segments of two steps, and one more
     params = perturbed(sampler.init(jax.random.key(0)), 0.2)

@@ -1,8 +1,10 @@
 """Controls: the trainable drift corrections of a process."""
 
+from diffsamp.networks.base import Backbone as Backbone
 from diffsamp.networks.base import Context as Context
 from diffsamp.networks.base import Control as Control
 from diffsamp.networks.base import FunctionControl as FunctionControl
+from diffsamp.networks.base import LinenBackbone as LinenBackbone
 from diffsamp.networks.base import LinenControl as LinenControl
 from diffsamp.networks.base import from_function as from_function
 from diffsamp.networks.base import linen as linen
@@ -11,6 +13,7 @@ from diffsamp.networks.controls import FreeModule as FreeModule
 from diffsamp.networks.controls import ReferenceGuidedModule as ReferenceGuidedModule
 from diffsamp.networks.controls import ScoreGuidedModule as ScoreGuidedModule
 from diffsamp.networks.controls import annealed_score_guided as annealed_score_guided
+from diffsamp.networks.controls import backbone as backbone
 from diffsamp.networks.controls import free as free
 from diffsamp.networks.controls import reference_guided as reference_guided
 from diffsamp.networks.controls import score_guided as score_guided
@@ -20,17 +23,20 @@ from diffsamp.networks.fourier import TimeScale as TimeScale
 
 __all__ = [
     "AnnealedScoreModule",
+    "Backbone",
     "Context",
     "Control",
     "FourierFeatures",
     "FourierMLP",
     "FreeModule",
     "FunctionControl",
+    "LinenBackbone",
     "LinenControl",
     "ReferenceGuidedModule",
     "ScoreGuidedModule",
     "TimeScale",
     "annealed_score_guided",
+    "backbone",
     "free",
     "from_function",
     "linen",

@@ -21,11 +21,14 @@ class Context(NamedTuple):
             did not ask for it. No gradient flows through it.
         gain: factor that turns a score into a control at this step, [].
         condition: what a conditional energy is conditioned on, [C], or None.
+        features: what a shared backbone says about state, time and condition, [H], or
+            None without one.
     """
 
     score: Array
     gain: Array
     condition: Array | None
+    features: Array | None = None
 
 
 class Control(Protocol):
@@ -34,8 +37,9 @@ class Control(Protocol):
     ``init(key, dim, condition_dim) -> params`` and ``control(params, x [D], t [],
     context) -> [D] or [2 D]`` in unit coordinates; ``needs_score`` says whether the
     energy gradient is worth computing. The second D numbers s, where returned, multiply
-    the kernel's variance by ``exp(c tanh(s / c))`` with c the sampler's
-    ``variance_range``: zero leaves the reference's variance.
+    the kernel's variance by ``exp(c tanh(s / c))`` with c from the sampler's `Bounds`:
+    zero leaves the reference's variance. A control that can build on a shared
+    `Backbone` also takes ``feature_dim`` in ``init``.
     """
 
     @property
@@ -46,6 +50,50 @@ class Control(Protocol):
     def __call__(
         self, params: Params, x: Array, t: Array, context: Context
     ) -> Array: ...
+
+
+class Backbone(Protocol):
+    """Features of state, time and condition: static, hashable, compared by value.
+
+    ``init(key, dim, condition_dim) -> params`` and ``backbone(params, x [D], t [],
+    condition [C] or None) -> [feature_dim]``, evaluated once per state and shared by
+    the generation and the destruction control.
+    """
+
+    @property
+    def feature_dim(self) -> int: ...
+
+    def init(self, key: Key, dim: int, condition_dim: int) -> Params: ...
+
+    def __call__(
+        self, params: Params, x: Array, t: Array, condition: Array | None
+    ) -> Array: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class LinenBackbone:
+    """A Flax Linen module called as ``module(x, t, condition)``.
+
+    Attributes:
+        module: the module; equal modules share compiled code.
+        feature_dim: length of what it returns.
+    """
+
+    module: nn.Module
+    feature_dim: int
+
+    def init(self, key: Key, dim: int, condition_dim: int) -> Params:
+        dtype = jax.dtypes.canonicalize_dtype(float)
+        condition = jnp.zeros((condition_dim,), dtype) if condition_dim else None
+        x, t = jnp.zeros((dim,), dtype), jnp.zeros((), dtype)
+        return self.module.init(key, x, t, condition)
+
+    def __call__(
+        self, params: Params, x: Array, t: Array, condition: Array | None
+    ) -> Array:
+        out = self.module.apply(params, x, t, condition)
+        assert isinstance(out, jax.Array)
+        return out
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,12 +108,15 @@ class LinenControl:
     module: nn.Module
     needs_score: bool
 
-    def init(self, key: Key, dim: int, condition_dim: int) -> Params:
+    def init(
+        self, key: Key, dim: int, condition_dim: int, feature_dim: int = 0
+    ) -> Params:
         dtype = jax.dtypes.canonicalize_dtype(float)
         context = Context(
             score=jnp.zeros((dim if self.needs_score else 0,), dtype),
             gain=jnp.ones((), dtype),
             condition=jnp.zeros((condition_dim,), dtype) if condition_dim else None,
+            features=jnp.zeros((feature_dim,), dtype) if feature_dim else None,
         )
         x, t = jnp.zeros((dim,), dtype), jnp.zeros((), dtype)
         return self.module.init(key, x, t, context)
@@ -90,8 +141,10 @@ class FunctionControl:
     drift_fn: Callable[[Params, Array, Array, Context], Array]
     needs_score: bool = False
 
-    def init(self, key: Key, dim: int, condition_dim: int) -> Params:
-        del condition_dim
+    def init(
+        self, key: Key, dim: int, condition_dim: int, feature_dim: int = 0
+    ) -> Params:
+        del condition_dim, feature_dim
         return self.init_fn(key, dim)
 
     def __call__(self, params: Params, x: Array, t: Array, context: Context) -> Array:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 from flax import linen as nn
 
-from diffsamp.networks.base import Context, LinenControl
+from diffsamp.networks.base import Context, LinenBackbone, LinenControl
 from diffsamp.networks.fourier import FourierMLP, TimeScale
 from diffsamp.types import Array
 
@@ -19,7 +19,10 @@ def _clip(value: Array, bound: float) -> Array:
 
 
 class _Head(nn.Module):
-    """The MLP of a control: clipped drift [D] and raw log-variance [D] or [0]."""
+    """The learned part of a control: clipped drift [D], raw log-variance [D] or [0].
+
+    An MLP, or a linear layer on the features of a shared backbone.
+    """
 
     width: int
     depth: int
@@ -29,8 +32,16 @@ class _Head(nn.Module):
     @nn.compact
     def __call__(self, x: Array, t: Array, context: Context) -> tuple[Array, Array]:
         size = x.shape[-1]
-        mlp = FourierMLP(self.width, self.depth, size * (1 + self.learn_variance))
-        out = mlp(x, t, context.condition)
+        num_outputs = size * (1 + self.learn_variance)
+        if context.features is not None:
+            out = nn.Dense(
+                num_outputs,
+                kernel_init=nn.initializers.zeros,
+                param_dtype=context.features.dtype,
+            )(context.features)
+        else:
+            mlp = FourierMLP(self.width, self.depth, num_outputs)
+            out = mlp(x, t, context.condition)
         return _clip(out[:size], self.output_clip), jnp.nan_to_num(out[size:])
 
 
@@ -202,3 +213,22 @@ def reference_guided(
     """
     module = ReferenceGuidedModule(width, depth, output_clip, learn_variance)
     return LinenControl(module, needs_score=False)
+
+
+def backbone(width: int = 64, depth: int = 2) -> LinenBackbone:
+    """A Fourier MLP for both kernels: every control becomes a linear layer on it.
+
+    Args:
+        width: hidden width, and the number of features.
+        depth: hidden layers.
+
+    Example:
+        >>> import jax, diffsamp as ds
+        >>> sampler = ds.samplers.dis(
+        ...     dim=2, num_steps=4, learn_destruction=True,
+        ...     backbone=ds.networks.backbone(width=32),
+        ... )
+        >>> sorted(sampler.init(jax.random.key(0)))
+        ['backbone', 'destruction', 'generation']
+    """
+    return LinenBackbone(FourierMLP(width, depth, None), width)

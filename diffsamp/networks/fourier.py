@@ -38,12 +38,13 @@ class FourierMLP(nn.Module):
     Attributes:
         width: hidden width.
         depth: hidden layers after the embedding.
-        out_dim: outputs; 0 means as many as the state has.
+        out_dim: outputs; 0 means as many as the state has, None no last layer: it
+            returns ``width`` features.
     """
 
     width: int = 64
     depth: int = 2
-    out_dim: int = 0
+    out_dim: int | None = 0
 
     @nn.compact
     def __call__(self, x: Array, t: Array, condition: Array | None) -> Array:
@@ -55,6 +56,8 @@ class FourierMLP(nn.Module):
             hidden += nn.Dense(self.width, param_dtype=_dtype())(condition)
         for _ in range(self.depth):
             hidden = nn.Dense(self.width, param_dtype=_dtype())(nn.gelu(hidden))
+        if self.out_dim is None:
+            return nn.gelu(hidden)
         return nn.Dense(
             self.out_dim or x.shape[-1],
             kernel_init=nn.initializers.zeros,

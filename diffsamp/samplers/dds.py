@@ -17,9 +17,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from diffsamp import networks, schedules
-from diffsamp.networks import Control
+from diffsamp.networks import Backbone, Control
 from diffsamp.processes import VariancePreserving
-from diffsamp.sampler import Sampler
+from diffsamp.sampler import Bounds, Sampler
+from diffsamp.samplers.common import DEFAULT_BOUNDS, free_destruction
 
 
 def dds(
@@ -32,6 +33,11 @@ def dds(
     time_grid: schedules.TimeGrid | None = None,
     network: Control | None = None,
     learn_generation_variance: bool = False,
+    learn_destruction: bool = False,
+    destruction_network: Control | None = None,
+    backbone: Backbone | None = None,
+    generation_bounds: Bounds = DEFAULT_BOUNDS,
+    destruction_bounds: Bounds = DEFAULT_BOUNDS,
     condition_dim: int = 0,
 ) -> Sampler:
     """Denoising diffusion sampler with the cos^4 noise schedule.
@@ -46,6 +52,13 @@ def dds(
         network: control; by default `networks.score_guided`.
         learn_generation_variance: whether the default control also learns the
             generation kernel's variance, per state and coordinate.
+        learn_destruction: whether mean and variance of the destruction kernel are
+            learned, too, starting at the reference's.
+        destruction_network: its control, which implies ``learn_destruction``;
+            `networks.free` by default.
+        backbone: a network for both kernels to share (`networks.backbone`).
+        generation_bounds: how far the generation kernel may leave the reference's.
+        destruction_bounds: the same of the destruction kernel.
         condition_dim: size of the condition of a conditional energy.
 
     Raises:
@@ -66,7 +79,11 @@ def dds(
         ),
         generation=network
         or networks.score_guided(learn_variance=learn_generation_variance),
+        destruction=destruction_network or free_destruction(learn_destruction),
         loc=loc,
         scale=scale,
         condition_dim=condition_dim,
+        backbone=backbone,
+        generation_bounds=generation_bounds,
+        destruction_bounds=destruction_bounds,
     )

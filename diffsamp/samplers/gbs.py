@@ -16,9 +16,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from diffsamp import networks, schedules
-from diffsamp.networks import Control
+from diffsamp.networks import Backbone, Control
 from diffsamp.processes import Brownian
-from diffsamp.sampler import Sampler
+from diffsamp.sampler import Bounds, Sampler
+from diffsamp.samplers.common import DEFAULT_BOUNDS
 
 
 def gbs(
@@ -32,6 +33,10 @@ def gbs(
     network: Control | None = None,
     destruction_network: Control | None = None,
     learn_generation_variance: bool = False,
+    learn_destruction: bool = False,
+    backbone: Backbone | None = None,
+    generation_bounds: Bounds = DEFAULT_BOUNDS,
+    destruction_bounds: Bounds = DEFAULT_BOUNDS,
     condition_dim: int = 0,
 ) -> Sampler:
     """General bridge sampler: generation and destruction drift both learned.
@@ -47,6 +52,11 @@ def gbs(
         destruction_network: `networks.reference_guided` by default.
         learn_generation_variance: whether the default control also learns the
             generation kernel's variance, per state and coordinate.
+        learn_destruction: whether the default destruction control learns the variance,
+            too; its mean always is learned.
+        backbone: a network for both kernels to share (`networks.backbone`).
+        generation_bounds: how far the generation kernel may leave the reference's.
+        destruction_bounds: the same of the destruction kernel.
         condition_dim: size of the condition of a conditional energy.
 
     Raises:
@@ -68,8 +78,12 @@ def gbs(
         or networks.annealed_score_guided(
             offset=0.0, learn_variance=learn_generation_variance
         ),
-        destruction=destruction_network or networks.reference_guided(),
+        destruction=destruction_network
+        or networks.reference_guided(learn_variance=learn_destruction),
         loc=loc,
         scale=scale,
         condition_dim=condition_dim,
+        backbone=backbone,
+        generation_bounds=generation_bounds,
+        destruction_bounds=destruction_bounds,
     )
