@@ -46,6 +46,7 @@ from diffsamp.types import Objective as Objective
 from diffsamp.types import Path as Path
 from diffsamp.types import Proposal as Proposal
 from diffsamp.types import Provides as Provides
+from diffsamp.types import Request as Request
 from diffsamp.types import Requirements as Requirements
 from diffsamp.types import Target as Target
 from diffsamp.types import Trajectory as Trajectory
@@ -69,6 +70,7 @@ __all__ = [
     "Proposal",
     "Provides",
     "Reference",
+    "Request",
     "Requirements",
     "Sampler",
     "Target",

@@ -17,7 +17,7 @@ import numpy as np
 
 from diffsamp.energies import as_energy
 from diffsamp.sampler import Final, Sampler
-from diffsamp.types import Array, Energy, Key, Params
+from diffsamp.types import Array, ArrayLike, Energy, Key, Params
 
 BLOCK = 256
 BATCH = 1024
@@ -30,22 +30,37 @@ def draw_final(
     energy: Energy,
     num_draws: int,
     batch_size: int = BATCH,
+    condition: ArrayLike | None = None,
 ) -> Final:
     """Last states, weights and energies of ``num_draws`` paths, on the host."""
     num_blocks = -(-batch_size // BLOCK)
     size = num_blocks * BLOCK
     energy, parts = as_energy(energy), []
+    conditions = _repeated(condition, size)
     for start in range(0, num_draws, size):
-        part = _draw_blocks(sampler, num_blocks, params, key, energy, np.int32(start))
+        part = _draw_blocks(
+            sampler, num_blocks, params, key, energy, np.int32(start), conditions
+        )
         keep = min(size, num_draws - start)
         parts.append(jax.tree.map(lambda a, n=keep: np.asarray(a)[:n], part))
     return jax.tree.map(lambda *a: np.concatenate(a), *parts)
 
 
-def pilot(key: Key, sampler: Sampler, params: Params, energy: Energy) -> Final:
-    """`BATCH` draws as device arrays, traceable, by the same compiled program."""
-    energy = as_energy(energy)
-    return _draw_blocks(sampler, BATCH // BLOCK, params, key, energy, np.int32(0))
+def pilot(
+    key: Key,
+    sampler: Sampler,
+    params: Params,
+    energy: Energy,
+    conditions: Array | None = None,
+) -> Final:
+    """`BATCH` draws as device arrays, traceable, by the same compiled program.
+
+    ``conditions`` are one per draw, [BATCH, C], where the sampler has any.
+    """
+    start, num_blocks = np.int32(0), BATCH // BLOCK
+    return _draw_blocks(
+        sampler, num_blocks, params, key, as_energy(energy), start, conditions
+    )
 
 
 def trace_back_log_weights(
@@ -55,41 +70,64 @@ def trace_back_log_weights(
     energy: Energy,
     x: Array,
     batch_size: int = BATCH,
+    condition: ArrayLike | None = None,
 ) -> np.ndarray:
     """Log-weights of paths traced back from points x [M, D], on the host."""
     num_blocks = -(-batch_size // BLOCK)
     size = num_blocks * BLOCK
     energy, parts = as_energy(energy), []
+    conditions = _repeated(condition, size)
     for start in range(0, x.shape[0], size):
         rows = x[start : start + size]
         padding = jnp.broadcast_to(rows[:1], (size - len(rows), x.shape[1]))
         filled = jnp.concatenate([rows, padding])
         values = _trace_blocks(
-            sampler, num_blocks, params, key, energy, np.int32(start), filled
+            sampler,
+            num_blocks,
+            params,
+            key,
+            energy,
+            np.int32(start),
+            filled,
+            conditions,
         )
         parts.append(np.asarray(values)[: len(rows)])
     return np.concatenate(parts)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _draw_blocks(sampler, num_blocks, params, key, energy, start):
-    def block(index):
-        keys = _keys(key, start, index)
-        return jax.vmap(sampler.final, in_axes=(None, 0, None))(params, keys, energy)
-
-    return _flat(jax.lax.map(block, jnp.arange(num_blocks)))
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _trace_blocks(sampler, num_blocks, params, key, energy, start, x):
+def _draw_blocks(sampler, num_blocks, params, key, energy, start, conditions):
     def block(inputs):
         index, rows = inputs
         keys = _keys(key, start, index)
-        trace = jax.vmap(sampler.trace_back, in_axes=(None, 0, 0, None))
-        return trace(params, keys, rows, energy).log_weight
+        final = jax.vmap(sampler.final, in_axes=(None, 0, None, 0))
+        return final(params, keys, energy, rows)
 
-    blocks = x.reshape(num_blocks, BLOCK, -1)
+    blocks = _in_blocks(conditions, num_blocks)
     return _flat(jax.lax.map(block, (jnp.arange(num_blocks), blocks)))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _trace_blocks(sampler, num_blocks, params, key, energy, start, x, conditions):
+    def block(inputs):
+        index, (points, rows) = inputs
+        keys = _keys(key, start, index)
+        trace = jax.vmap(sampler.trace_back, in_axes=(None, 0, 0, None, 0))
+        return trace(params, keys, points, energy, rows).log_weight
+
+    blocks = _in_blocks((x, conditions), num_blocks)
+    return _flat(jax.lax.map(block, (jnp.arange(num_blocks), blocks)))
+
+
+def _repeated(condition, size):
+    if condition is None:
+        return None
+    condition = jnp.asarray(condition, jax.dtypes.canonicalize_dtype(float))
+    return jnp.broadcast_to(condition, (size, *condition.shape))
+
+
+def _in_blocks(tree: Any, num_blocks: int) -> Any:
+    return jax.tree.map(lambda a: a.reshape(num_blocks, BLOCK, *a.shape[1:]), tree)
 
 
 def _keys(key, start, index):

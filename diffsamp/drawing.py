@@ -11,7 +11,7 @@ import numpy as np
 from diffsamp import batching, evidence, probes
 from diffsamp import diagnostics as judging
 from diffsamp.diagnostics import Diagnostics
-from diffsamp.energies import as_energy, as_key, check_energy
+from diffsamp.energies import as_energy, as_key
 from diffsamp.sampler import Sampler
 from diffsamp.types import ArrayLike, Energy, Key, LogEvidence, Params
 
@@ -75,6 +75,7 @@ def draw(
     num_draws: int = 1_000,
     *,
     probe: probes.Probe | ArrayLike | None = None,
+    condition: ArrayLike | None = None,
     batch_size: int = batching.BATCH,
 ) -> Draws:
     """Draws weighted points and judges them.
@@ -92,6 +93,7 @@ def draw(
         probe: independent points (`probes`), or an array [M, D], which says that these
             are draws from the target itself. Without it the best verdict is
             ``reweight (coverage unchecked)``.
+        condition: [condition_dim], where the sampler has one.
         batch_size: draws per compiled call; bounds the memory used.
 
     Returns:
@@ -114,8 +116,10 @@ def draw(
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     key, energy = as_key(key), as_energy(energy)
-    check_energy(energy, sampler.dim, jax.dtypes.canonicalize_dtype(float))
-    final = batching.draw_final(key, sampler, params, energy, num_draws, batch_size)
+    sampler.check_energy(energy, condition)
+    final = batching.draw_final(
+        key, sampler, params, energy, num_draws, batch_size, condition
+    )
     price = sampler.evaluations_per_path
     counts = [num_draws * p for p in price]
     probe_log_weight = probe_weights = target_log_weight = None
@@ -128,6 +132,7 @@ def draw(
             energy,
             probe.x,
             batch_size,
+            condition=condition,
         )
         probe_weights = probe.weights
         if probe.target_draws:
@@ -163,6 +168,8 @@ def log_weights_of(
     energy: Energy,
     x: ArrayLike,
     batch_size: int = batching.BATCH,
+    *,
+    condition: ArrayLike | None = None,
 ) -> np.ndarray:
     """Log-weights of paths traced back from given points.
 
@@ -175,13 +182,15 @@ def log_weights_of(
         energy: maps [D] to [].
         x: points, [M, D].
         batch_size: paths per compiled call.
+        condition: [condition_dim], where the sampler has one.
 
     Raises:
-        ValueError: when x is not of shape [M, D].
+        ValueError: when x is not of shape [M, D], or condition of another shape.
     """
     x = jnp.asarray(x, jax.dtypes.canonicalize_dtype(float))
     if x.ndim != 2 or x.shape[1] != sampler.dim or x.shape[0] == 0:
         raise ValueError(f"x must have shape [M, {sampler.dim}], got {list(x.shape)}")
+    sampler.check_energy(energy, condition)
     return batching.trace_back_log_weights(
-        as_key(key), sampler, params, as_energy(energy), x, batch_size
+        as_key(key), sampler, params, as_energy(energy), x, batch_size, condition
     )

@@ -280,6 +280,15 @@ class Sampler:
             return Evaluations(0, self.num_steps + 1, networks)
         return Evaluations(1, 0, networks)
 
+    def check_energy(self, energy: Energy, condition: Any = None) -> None:
+        """Checks, by shapes alone, that energy and condition fit the sampler.
+
+        Raises:
+            ValueError: when they do not.
+        """
+        self._check_condition(condition)
+        self._bind(energy, condition)
+
     def simulate(
         self,
         params: Params,
@@ -343,8 +352,12 @@ class Sampler:
         xs = self._original(jnp.concatenate([first[None], later])).at[-1].set(x)
         if not in_loop:
             return self._complete(xs, energy, None)
-        scores = jnp.concatenate([self._score(energy, first)[None], scores])
-        return Path(xs, values[-1], scores[:-1], scores[-1])
+        value, score = evaluate(first)
+        values, scores = (
+            jnp.concatenate([a[None], b]) for a, b in ((value, values), (score, scores))
+        )
+        # The value of body number k belongs to state k + 1.
+        return Path(xs, values[-1], scores[:-1], scores[-1], values[:-1])
 
     def score_path(
         self, params: Params, path: Path, condition: Array | None = None
@@ -517,7 +530,7 @@ class Sampler:
         extra = jnp.asarray(extra_std, dtype)
 
         def body(carry, step) -> tuple[Any, Any]:
-            y, seen, _ = carry
+            y, seen, value_before = carry
             mean, std = self._generate(params, step, y, seen, condition)
             noise = standard_normal(
                 jax.random.fold_in(key, step.index), (self.dim,), dtype
@@ -532,13 +545,13 @@ class Sampler:
                 log_generation = self._log_density(y_next, mean, std)
                 mean, std = self._destroy(params, step, y_next, next_seen, condition)
                 log_densities_of_step = log_generation, self._log_density(y, mean, std)
-            kept = (y, seen.score) if keep else None
+            kept = (y, seen.score, value_before) if keep else None
             return (y_next, next_seen, value), (log_densities_of_step, kept)
 
         log_prior = self._log_prior(y)
         features = self._features(params, y, steps.time[0], condition)
-        seen = _Seen(self._score(energy, y), features)
-        carry = (y, seen, jnp.zeros((), dtype))
+        value, score = self._value_and_score(energy, y)
+        carry = (y, _Seen(score, features), value)
         scan = _sqrt_scan if remat else jax.lax.scan
         (y, (last_score, _), value), (densities, kept) = scan(body, carry, steps)
         if not self.needs_score:
@@ -546,9 +559,10 @@ class Sampler:
         log_generation, log_destruction = densities if log_densities else (None, None)
         path = None
         if keep:
-            ys, scores = kept
+            ys, scores, energies = kept
             xs = self._original(jnp.concatenate([ys, y[None]]))
-            path = Path(xs, value, scores, last_score)
+            energies = energies if self.needs_score else energies[:0]
+            path = Path(xs, value, scores, last_score, energies)
         return y, log_prior, log_generation, log_destruction, value, path
 
     def _complete(self, xs: Array, energy: Energy, condition) -> Path:
@@ -557,10 +571,11 @@ class Sampler:
         xs = jnp.asarray(xs, self._dtype)
         if not self.needs_score:
             empty = jnp.zeros((self.num_steps + 1, 0), self._dtype)
-            return Path(xs, energy(xs[-1]), empty[:-1], empty[-1])
+            nothing = jnp.zeros((0,), self._dtype)
+            return Path(xs, energy(xs[-1]), empty[:-1], empty[-1], nothing)
         ys = self._unit(xs)
         values, scores = jax.vmap(lambda y: self._value_and_score(energy, y))(ys)
-        return Path(xs, values[-1], scores[:-1], scores[-1])
+        return Path(xs, values[-1], scores[:-1], scores[-1], values[:-1])
 
     def _trajectory(self, xs, log_prior, log_generation, log_destruction, energy):
         log_ratio = jnp.sum(log_destruction - log_generation)
@@ -618,9 +633,6 @@ class Sampler:
         x = jax.lax.stop_gradient(self._original(y))
         value, gradient = jax.value_and_grad(energy)(x)
         return value, -_row(np.asarray(self.scale, y.dtype), y) * gradient
-
-    def _score(self, energy: Energy, y: Array) -> Array:
-        return self._value_and_score(energy, y)[1]
 
 
 def _nothing(dtype) -> tuple[Array, Array]:

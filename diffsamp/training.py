@@ -23,15 +23,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.tree_util import Partial
 from tqdm import tqdm
 
 from diffsamp import batching, behaviours
 from diffsamp import checkpoint as files
 from diffsamp.behaviours import common
-from diffsamp.energies import as_energy, as_key, check_energy
+from diffsamp.energies import as_energy, as_key
 from diffsamp.sampler import Evaluations, Sampler
 from diffsamp.types import (
     Array,
+    ArrayLike,
     Batch,
     Behaviour,
     Cost,
@@ -40,9 +42,13 @@ from diffsamp.types import (
     Objective,
     Params,
     Proposal,
+    Request,
+    total_cost,
 )
 
 MAX_CHUNK = 500
+
+Conditions = Callable[[Key, int], Array]
 
 
 class TrainState(NamedTuple):
@@ -126,6 +132,7 @@ class Recipe:
         batch_size: paths per update.
         ema_decay: decay of the moving average, or None.
         anneal: maps progress in [0, 1] to a factor on every update, or None.
+        paths_per_condition: rows of a batch with the same condition, if there are any.
     """
 
     sampler: Sampler
@@ -135,10 +142,15 @@ class Recipe:
     batch_size: int
     ema_decay: float | None = None
     anneal: Callable[[Array], Array] | None = None
+    paths_per_condition: int = 1
 
 
 def init(
-    key: Key, recipe: Recipe, energy: Energy, params: Params | None = None
+    key: Key,
+    recipe: Recipe,
+    energy: Energy,
+    params: Params | None = None,
+    conditions: Conditions | None = None,
 ) -> tuple[TrainState, Cost]:
     """The state before the first update, and what its pilots cost.
 
@@ -147,19 +159,24 @@ def init(
         recipe: what is trained and how.
         energy: maps [D] to [].
         params: parameters of the sampler to start from; drawn if None.
+        conditions: draws them, where the sampler has any.
     """
     key = as_key(key)
     run, for_params, for_objective, for_behaviour = jax.random.split(key, 4)
     sampler = recipe.sampler
     if params is None:
         params = sampler.init(for_params)
-    own, objective_state = recipe.objective.init(for_objective, sampler, params, energy)
     behaviour_state, cost = recipe.behaviour.init(
         for_behaviour, sampler, params, energy
     )
-    pilot, price = recipe.objective.requires.pilot_paths, sampler.evaluations_per_path
-    cost = Cost(
-        cost.energy + pilot * price.energy, cost.gradient + pilot * price.gradient
+    pilot = None
+    if recipe.objective.requires.pilot:
+        for_pilot, for_objective = jax.random.split(for_objective)
+        pilot = _pilot(for_pilot, sampler, params, energy, conditions)
+        price = (p * batching.BATCH for p in sampler.evaluations_per_path[:2])
+        cost = total_cost([cost, Cost(*price)])
+    own, objective_state = recipe.objective.init(
+        for_objective, sampler, params, energy, pilot
     )
     trainable = {"sampler": params, "objective": own}
     zero = jnp.zeros((), jnp.int32)
@@ -178,7 +195,11 @@ def init(
 
 
 def step(
-    recipe: Recipe, state: TrainState, energy: Energy, progress: Array | float = 0.0
+    recipe: Recipe,
+    state: TrainState,
+    energy: Energy,
+    progress: Array | float = 0.0,
+    conditions: Conditions | None = None,
 ) -> tuple[TrainState, dict[str, Array], Cost]:
     """One update; pure and jittable with a static recipe.
 
@@ -187,6 +208,7 @@ def step(
         state: state before the update.
         energy: maps [D] to [].
         progress: share of the budget that is spent, in [0, 1], for ``anneal``.
+        conditions: draws them, where the sampler has any.
 
     Returns:
         The new state, metrics, and what the behaviour itself cost.
@@ -196,6 +218,8 @@ def step(
     for_paths, for_loss, for_behaviour = jax.random.split(key, 3)
     current = state.params["sampler"]
     differentiable = objective.requires.simulation_gradient
+    request = _request(jax.random.fold_in(key, 3), recipe, conditions)
+    condition = request.condition if sampler.condition_dim else None
     proposal = None
     if not differentiable:
         proposal = behaviour.propose(
@@ -204,24 +228,19 @@ def step(
             sampler,
             current,
             energy,
-            recipe.batch_size,
+            request,
             state.count,
         )
 
-    def batch_of(params):
-        if proposal is None:
-            keys = jax.random.split(for_paths, recipe.batch_size)
-            roll = jax.vmap(sampler.rollout, in_axes=(None, 0, None))
-            rollouts, paths = roll(params["sampler"], keys, energy)
-            own = common.proposal(paths, simulated=True, on_policy=True)
-        else:
-            rollouts, own = None, proposal
-        score = jax.vmap(sampler.score_path, in_axes=(None, 0))
-        return own, Batch(
-            trajectories=score(params["sampler"], own.paths),
+    def batch_of(own, trajectories, rollouts):
+        return Batch(
+            trajectories=trajectories,
             rollouts=rollouts,
+            paths=own.paths,
             on_policy=own.on_policy,
             target_draws=own.target_draws,
+            condition=request.condition,
+            group=request.group,
             count=state.count,
             key=for_loss,
             sampler=sampler,
@@ -229,9 +248,18 @@ def step(
         )
 
     def loss(params):
-        own, batch = batch_of(params)
+        if proposal is None:
+            keys = jax.random.split(for_paths, recipe.batch_size)
+            roll = jax.vmap(sampler.rollout, in_axes=(None, 0, None, 0))
+            rollouts, paths = roll(params["sampler"], keys, energy, condition)
+            own = common.proposal(paths, simulated=True, on_policy=True)
+        else:
+            rollouts, own = None, proposal
+        score = jax.vmap(sampler.score_path, in_axes=(None, 0, 0))
+        trajectories = score(params["sampler"], own.paths, condition)
+        batch = batch_of(own, trajectories, rollouts)
         value, extra = objective.loss(params, state.objective_state, batch)
-        return value, (own, batch.trajectories, batch.rollouts, extra)
+        return value, (own, trajectories, rollouts, extra)
 
     (value, aux), gradient = jax.value_and_grad(loss, has_aux=True)(state.params)
     own, trajectories, rollouts, extra = aux
@@ -245,16 +273,7 @@ def step(
         updates = jax.tree.map(lambda u: u * jnp.asarray(factor, u.dtype), updates)
     params: Any = optax.apply_updates(state.params, updates)
     average = _average(recipe.ema_decay, state, params["sampler"])
-    batch = Batch(
-        trajectories,
-        rollouts,
-        own.on_policy,
-        own.target_draws,
-        state.count,
-        for_loss,
-        sampler,
-        energy,
-    )
+    batch = batch_of(own, trajectories, rollouts)
     objective_state = objective.update(params, state.objective_state, batch)
     kept = jax.tree.map(
         lambda new, old: jnp.where(good, new, old),
@@ -286,17 +305,10 @@ def step(
         "grad_norm": grad_norm,
         "skipped": bad,
         **_path_metrics(trajectories.log_weight, own),
-        **{k: v for k, v in extra.items() if k != "extra_paths"},
+        **{k: v for k, v in extra.items() if k != "cost"},
     }
-    extra_paths = extra.get("extra_paths", 0)
-    price = sampler.evaluations_per_path
-    cost = Cost(
-        *(
-            jnp.asarray(c + extra_paths * p, jnp.int32)
-            for c, p in zip(cost, price, strict=False)
-        )
-    )
-    return new, metrics, cost
+    cost = total_cost([cost, extra.get("cost", Cost(0, 0))])
+    return new, metrics, Cost(*(jnp.asarray(c, jnp.int32) for c in cost))
 
 
 def fit(
@@ -314,6 +326,8 @@ def fit(
     max_grad_norm: float | None = 1.0,
     ema_decay: float | None = 0.99,
     anneal: Callable[[Array], Array] | None = None,
+    conditions: Conditions | ArrayLike | None = None,
+    paths_per_condition: int = 8,
     params: Params | None = None,
     state: TrainState | None = None,
     checkpoint: str | os.PathLike | None = None,
@@ -343,6 +357,9 @@ def fit(
         ema_decay: decay of the moving average of parameters (with warm-up), or None.
         anneal: maps the share of the budget spent, in [0, 1], to a factor on every
             update: learning-rate decay under any budget (`schedules.cosine_anneal`).
+        conditions: for an amortised sampler of a conditional energy: conditions to
+            train on, an array [N, C] or a function ``(key, n) -> [n, C]``.
+        paths_per_condition: rows of a batch that share a condition; divides batch_size.
         params: parameters to start from (warm start).
         state: state to go on from (continued fitting).
         checkpoint: file to write to; if it exists, the run it holds is resumed in place
@@ -362,7 +379,8 @@ def fit(
 
     Raises:
         ValueError: for an energy that fails or is non-finite wherever the sampler
-            starts, a batch size below 2, or an objective the behaviour cannot serve.
+            starts, a batch size below 2, conditions of a wrong shape, or an objective
+            the behaviour cannot serve.
         TrainingDiverged: after ``max_skipped_in_a_row`` skipped updates in a row; the
             exception carries the last good state.
         CheckpointError: for a checkpoint that is damaged, foreign or of another
@@ -382,7 +400,9 @@ def fit(
     begin = time.perf_counter()
     key, energy = as_key(key), as_energy(energy)
     behaviour = behaviour or behaviours.on_policy()
-    _check_request(sampler, objective, behaviour, energy, batch_size)
+    _check_parts(sampler, objective, behaviour, batch_size)
+    conditions = _as_conditions(conditions, sampler, paths_per_condition, batch_size)
+    _check_energy(sampler, energy, conditions)
     _check_budget(num_updates, max_seconds, updates_per_chunk, checkpoint)
     if num_updates is None and max_seconds is None and max_energy_evaluations is None:
         num_updates = 5_000
@@ -394,18 +414,21 @@ def fit(
         int(batch_size),
         ema_decay,
         anneal,
+        paths_per_condition if sampler.condition_dim else 1,
     )
     pilot_key, init_key = jax.random.split(key)
     progress = _Progress(recipe)
     if checkpoint is not None:
-        progress.energies = _energies_at_fixed_points(sampler, energy)
+        progress.energies = _energies_at_fixed_points(sampler, energy, conditions)
     resumed = checkpoint is not None and os.path.exists(checkpoint)
     if resumed:
-        shapes = jax.eval_shape(lambda k: init(k, recipe, energy, params)[0], init_key)
+        shapes = jax.eval_shape(
+            lambda k: init(k, recipe, energy, params, conditions)[0], init_key
+        )
         state = progress.read(checkpoint, recipe, shapes)
     elif state is None:
-        progress.add_pilot(_check_start(pilot_key, sampler, params, energy))
-        state, cost = init(init_key, recipe, energy, params)
+        progress.add_pilot(_check_start(pilot_key, sampler, params, energy, conditions))
+        state, cost = init(init_key, recipe, energy, params, conditions)
         progress.add_cost(cost)
     if not resumed:
         progress.first = int(state.count)
@@ -420,7 +443,8 @@ def fit(
         if max_energy_evaluations:
             spent = max(spent, progress.num_evaluations / max_energy_evaluations)
         share = np.float32(min(spent, 1.0))
-        return chunk(state, energy, np.int32(num), total_or_never, first, share)
+        numbers = np.int32(num), total_or_never, first, share
+        return chunk(state, energy, conditions, *numbers)
 
     def keep(state):
         if checkpoint is not None:
@@ -534,20 +558,23 @@ def param_labels(params: Params) -> Params:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _chunk(recipe, length, state, energy, num, total, first, share):
+def _chunk(recipe, length, state, energy, conditions, num, total, first, share):
     """``num <= length`` updates in one compiled call; ``num`` is dynamic."""
 
     def progress(state):
         done = (state.count - first).astype(jnp.float32) / total
         return jnp.maximum(done, share)
 
-    _, shapes, _ = jax.eval_shape(lambda s: step(recipe, s, energy, progress(s)), state)
+    def one(state):
+        return step(recipe, state, energy, progress(state), conditions)
+
+    _, shapes, _ = jax.eval_shape(one, state)
     store = {k: jnp.zeros((length,), v.dtype) for k, v in shapes.items()}
     none = Cost(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
 
     def body(i, carry):
         state, store, cost = carry
-        state, metrics, own = step(recipe, state, energy, progress(state))
+        state, metrics, own = one(state)
         store = {k: store[k].at[i].set(v) for k, v in metrics.items()}
         return state, store, Cost(*(a + b for a, b in zip(cost, own, strict=True)))
 
@@ -660,6 +687,7 @@ def _configuration(recipe: Recipe) -> dict[str, str]:
     return {
         "sampler": _stable_repr(recipe.sampler),
         "batch_size": str(recipe.batch_size),
+        "paths_per_condition": str(recipe.paths_per_condition),
         "ema_decay": str(recipe.ema_decay),
         "objective": name_and_digest(objective, objective.loss),
         "behaviour": name_and_digest(behaviour, behaviour.propose),
@@ -673,13 +701,18 @@ def _stable_repr(value: Any) -> str:
     return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))
 
 
-def _energies_at_fixed_points(sampler: Sampler, energy: Energy) -> list[float]:
+def _energies_at_fixed_points(sampler: Sampler, energy: Energy, conditions) -> list:
     """What tells one energy from another in a checkpoint; not counted as a cost."""
     shape = (16, sampler.dim)
     noise = np.asarray(jax.random.normal(jax.random.key(0), shape))
     points = np.asarray(sampler.loc) + np.asarray(sampler.scale) * noise
     points = jnp.asarray(points, noise.dtype)
-    return np.asarray(jax.jit(jax.vmap(energy))(points), np.float64).tolist()
+    if conditions is None:
+        values = jax.jit(jax.vmap(energy))(points)
+    else:
+        drawn = conditions(jax.random.key(1), 16)
+        values = jax.jit(jax.vmap(energy))(points, drawn)
+    return np.asarray(values, np.float64).tolist()
 
 
 def _described(value: Any, seen: tuple[int, ...] = ()) -> str:
@@ -771,7 +804,7 @@ def _bar_text(metrics: dict[str, np.ndarray], state: TrainState) -> dict[str, st
     return text
 
 
-def _check_request(sampler, objective, behaviour, energy, batch_size) -> None:
+def _check_parts(sampler, objective, behaviour, batch_size) -> None:
     if not isinstance(sampler, Sampler):
         raise ValueError(
             f"sampler must come from diffsamp.samplers, got {type(sampler).__name__}"
@@ -788,7 +821,6 @@ def _check_request(sampler, objective, behaviour, energy, batch_size) -> None:
         )
     if batch_size < 2:
         raise ValueError(f"batch_size must be at least 2, got {batch_size}")
-    check_energy(energy, sampler.dim, jax.dtypes.canonicalize_dtype(float))
     requires, provides = objective.requires, behaviour.provides
     if requires.simulation_gradient and not provides.only_on_policy:
         raise ValueError(
@@ -812,6 +844,79 @@ def _check_request(sampler, objective, behaviour, energy, batch_size) -> None:
             "this behaviour only repeats what another one found; combine it: "
             "behaviours.mixture((on_policy(), 0.5), (replay(), 0.5))"
         )
+    if sampler.condition_dim and not provides.conditions:
+        raise ValueError(
+            "this behaviour (or a member of it) has points but no conditions to go "
+            "with them; for a conditional energy use behaviours.on_policy() or "
+            "exploration(noise)"
+        )
+
+
+def _as_conditions(conditions, sampler, paths_per_condition, batch_size):
+    """A `Partial` that draws conditions, or None."""
+    size = sampler.condition_dim
+    if not size:
+        if conditions is not None:
+            raise ValueError(
+                "conditions were given, but the sampler has condition_dim=0; build it "
+                "with the condition_dim of the energy"
+            )
+        return None
+    if conditions is None:
+        raise ValueError(
+            f"the sampler has condition_dim={size}: pass conditions to train on, an "
+            "array [N, C] or a function (key, n) -> [n, C]"
+        )
+    if not 2 <= paths_per_condition <= batch_size or batch_size % paths_per_condition:
+        raise ValueError(
+            "paths_per_condition must be at least 2 and divide batch_size, got "
+            f"{paths_per_condition} and {batch_size}"
+        )
+    if not callable(conditions):
+        points = jnp.asarray(conditions, jax.dtypes.canonicalize_dtype(float))
+        if points.ndim != 2 or len(points) == 0 or not bool(jnp.isfinite(points).all()):
+            raise ValueError(
+                "conditions must be a finite array [N, C] or a function, got shape "
+                f"{list(points.shape)}"
+            )
+        conditions = Partial(_some_rows, points)
+    elif not isinstance(conditions, Partial):
+        conditions = Partial(conditions)
+    shape = jax.eval_shape(lambda k: conditions(k, 2), jax.random.key(0)).shape
+    if shape != (2, size):
+        raise ValueError(
+            f"conditions must have {size} columns (condition_dim), got "
+            f"{list(shape[1:])} for one condition"
+        )
+    return conditions
+
+
+def _some_rows(points: Array, key: Key, num: int) -> Array:
+    return points[jax.random.randint(key, (num,), 0, points.shape[0])]
+
+
+def _request(key: Key, recipe: Recipe, conditions) -> Request:
+    """Conditions for every row of a batch; none at all for most energies."""
+    repeats, size = recipe.paths_per_condition, recipe.batch_size
+    group = jnp.arange(size, dtype=jnp.int32) // repeats
+    if conditions is None:
+        return Request(jnp.zeros((size, 0)), jnp.zeros_like(group))
+    return Request(jnp.repeat(conditions(key, size // repeats), repeats, 0), group)
+
+
+def _pilot(key, sampler, params, energy, conditions):
+    if conditions is None:
+        return batching.pilot(key, sampler, params, energy)
+    key, for_conditions = jax.random.split(key)
+    drawn = conditions(for_conditions, batching.BATCH)
+    return batching.pilot(key, sampler, params, energy, drawn)
+
+
+def _check_energy(sampler, energy, conditions) -> None:
+    condition = None
+    if conditions is not None:
+        condition = conditions(jax.random.key(0), 1)[0]
+    sampler.check_energy(energy, condition)
 
 
 def _check_budget(num_updates, max_seconds, updates_per_chunk, checkpoint) -> None:
@@ -832,13 +937,13 @@ def _check_budget(num_updates, max_seconds, updates_per_chunk, checkpoint) -> No
             )
 
 
-def _check_start(key, sampler, params, energy) -> int:
+def _check_start(key, sampler, params, energy, conditions) -> int:
     """Raises when no draw of the starting sampler has a finite energy.
 
     Returns the number of paths drawn.
     """
     params = sampler.init(key) if params is None else params
-    final = batching.pilot(key, sampler, params, energy)
+    final = _pilot(key, sampler, params, energy, conditions)
     values = np.asarray(final.energy)
     if not np.isfinite(values).any():
         raise ValueError(

@@ -11,7 +11,7 @@ Conventions, valid everywhere:
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -42,12 +42,15 @@ class Path(NamedTuple):
         scores: minus the energy gradient at every state but the last, [K, D]; zeros of
             shape [K, 0] where no network asks for it.
         last_score: the same at the last state, [D] or [0].
+        energies: energies of the states that have a score, that is of all but the
+            last, [K]; empty, [0], where no network asks for scores.
     """
 
     xs: Array
     energy: Array
     scores: Array
     last_score: Array
+    energies: Array
 
 
 class Trajectory(NamedTuple):
@@ -154,13 +157,13 @@ class Requirements(NamedTuple):
         simulation_gradient: paths simulated with gradients; on-policy only.
         on_policy: at least some on-policy rows.
         target_draws: at least some rows that end in draws from the target.
-        pilot_paths: paths simulated by its `init`, for the count of evaluations.
+        pilot: draws of the untrained sampler, for its `init`.
     """
 
     simulation_gradient: bool = False
     on_policy: bool = False
     target_draws: bool = False
-    pilot_paths: int = 0
+    pilot: bool = False
 
 
 class Batch(NamedTuple):
@@ -170,8 +173,11 @@ class Batch(NamedTuple):
         trajectories: scored paths with detached states, differentiable in the
             parameters; leaves have a leading axis B.
         rollouts: the same with gradients through the states, or None.
+        paths: the same paths before they were scored.
         on_policy: rows drawn from the current generation process, [B].
         target_draws: rows traced back from (approximate) target draws, [B].
+        condition: what each row is conditioned on, [B, C]; C = 0 for nothing.
+        group: rows with the same number have the same condition, [B] int below B.
         count: number of updates done, [].
         key: random key of this update.
         sampler: the sampler.
@@ -180,8 +186,11 @@ class Batch(NamedTuple):
 
     trajectories: Trajectory
     rollouts: Trajectory | None
+    paths: Path
     on_policy: Array
     target_draws: Array
+    condition: Array
+    group: Array
     count: Array
     key: Key
     sampler: Any
@@ -193,23 +202,38 @@ class Objective(NamedTuple):
 
     Attributes:
         requires: what it needs from the behaviour.
-        init: ``(key, sampler, params, energy) -> (objective_params, state)``.
+        init: ``(key, sampler, params, energy, pilot) -> (objective_params, state)``;
+            pilot is a `Final` of draws before training, or None where the objective
+            requires none.
         loss: ``(params, state, batch) -> (loss [], metrics dict)`` with params
-            ``{"sampler": ..., "objective": ...}``.
+            ``{"sampler": ..., "objective": ...}``. A metric "cost" is a `Cost`: what it
+            evaluated itself.
         update: ``(params, state, batch) -> state``, after each optimiser step.
     """
 
     requires: Requirements
     init: Callable[..., tuple[Params, PyTree]]
-    loss: Callable[..., tuple[Array, dict[str, Array]]]
+    loss: Callable[..., tuple[Array, dict[str, Any]]]
     update: Callable[..., PyTree]
+
+
+class Request(NamedTuple):
+    """The B rows that a behaviour is asked for.
+
+    Attributes:
+        condition: what each row is to be conditioned on, [B, C]; C = 0 for nothing.
+        group: rows with the same number have the same condition, [B] int below B.
+    """
+
+    condition: Array
+    group: Array
 
 
 class Proposal(NamedTuple):
     """Training paths from a behaviour.
 
     Attributes:
-        paths: unscored paths, leaves with a leading axis B.
+        paths: unscored paths, leaves with a leading axis B, one per requested row.
         simulated: rows whose last state is new, not taken from a store, [B].
         on_policy: rows drawn from the current generation process, [B].
         target_draws: rows traced back from (approximate) target draws, [B].
@@ -229,12 +253,14 @@ class Provides(NamedTuple):
         on_policy: some rows are on-policy.
         only_on_policy: all rows are.
         target_draws: some rows end in (approximate) target draws.
+        conditions: rows can be had under any condition.
     """
 
     simulated: bool = False
     on_policy: bool = False
     only_on_policy: bool = False
     target_draws: bool = False
+    conditions: bool = False
 
 
 class Cost(NamedTuple):
@@ -249,13 +275,17 @@ class Cost(NamedTuple):
     gradient: Array | int
 
 
+def total_cost(costs: Sequence[Cost]) -> Cost:
+    """The sum of several."""
+    return Cost(sum(c.energy for c in costs), sum(c.gradient for c in costs))
+
+
 class Behaviour(NamedTuple):
     """Where training paths come from, as pure functions.
 
     Attributes:
         init: ``(key, sampler, params, energy) -> (state, Cost)``.
-        propose: ``(state, key, sampler, params, energy, batch_size, count) ->
-            Proposal``; batch_size is static.
+        propose: ``(state, key, sampler, params, energy, request, count) -> Proposal``.
         update: ``(state, key, sampler, params, energy, trajectories, proposal, count)
             -> (state, Cost)``, after each optimiser step.
         provides: what the rows are.

@@ -171,6 +171,11 @@ def conditional_energy(x, condition):
     return 0.5 * jnp.sum((x - condition[: x.shape[0]]) ** 2)
 
 
+def rows_of(size):
+    """A request for so many rows without conditions."""
+    return ds.Request(jnp.zeros((size, 0)), jnp.zeros((size,), jnp.int32))
+
+
 def perturbed(params, scale, seed=1):
     """Parameters moved at random, so that no factor or sign hides behind a zero."""
     rng = np.random.default_rng(seed)

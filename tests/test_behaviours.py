@@ -14,6 +14,7 @@ from tables import (
     SAMPLERS,
     counting_energy,
     mostly_slow,
+    rows_of,
     skewed_draws,
     skewed_energy,
 )
@@ -49,7 +50,7 @@ def jitted(behaviour):
     )
     propose = jax.jit(
         lambda state, key, size, count: behaviour.propose(
-            state, key, SAMPLER, PARAMS, skewed_energy, size, count
+            state, key, SAMPLER, PARAMS, skewed_energy, rows_of(size), count
         ),
         static_argnums=2,
     )
@@ -80,7 +81,7 @@ def updated(behaviour, state, x, energy, simulated, count=0, seed=2):
         xs, xs[:, -1], energy, energy, zeros, zeros, energy=energy
     )
     empty = jnp.zeros((size, K, 0))
-    paths = ds.Path(xs, energy, empty, empty[:, 0])
+    paths = ds.Path(xs, energy, empty, empty[:, 0], empty[:, 0])
     rows = jnp.asarray(simulated)
     proposal = ds.Proposal(paths, rows, rows, ~rows)
     update = jitted(behaviour)[2]
@@ -298,7 +299,7 @@ def test_mixture_keeps_its_shares():
     assert np.all(proposal.on_policy[:8])  # in the order given
     assert np.all(proposal.target_draws[12:])
     provides = mixture.provides
-    assert provides == (True, True, False, True)
+    assert provides == (True, True, False, True, False)
     assert not np.any(proposal.paths.xs[:4] == proposal.paths.xs[8:12])
 
 
@@ -309,7 +310,7 @@ def test_rounding_fills_the_batch(size):
 
     def propose(key):
         return mixture.propose(
-            ((), (), ()), key, SAMPLER, PARAMS, skewed_energy, size, 0
+            ((), (), ()), key, SAMPLER, PARAMS, skewed_energy, rows_of(size), 0
         )
 
     shapes = jax.eval_shape(propose, jax.random.key(0))
@@ -423,7 +424,7 @@ def test_smc_covers_both_modes_and_counts_its_cost():
     assert int(cost.gradient) > 256 * 3
     assert int(cost.energy) > 0
     proposal = behaviour.propose(
-        state, jax.random.key(1), sampler, PARAMS, two_modes, 16, 0
+        state, jax.random.key(1), sampler, PARAMS, two_modes, rows_of(16), 0
     )
     ends = np.asarray(proposal.paths.xs[:, -1])
     distance = np.abs(ends[:, None] - np.asarray(state.x)[None]).sum(-1).min(1)
@@ -537,6 +538,5 @@ def test_initial_pilots_are_in_the_count():
         batch_size=8,
     )
     state, cost = training.init(jax.random.key(0), recipe, skewed_energy)
-    pilot_paths = ds.objectives.trajectory_balance().requires.pilot_paths
-    assert int(cost.energy) == pilot_paths
+    assert int(cost.energy) == ds.batching.BATCH
     assert float(state.objective_state) == pytest.approx(LOG_Z, abs=1.0)

@@ -22,6 +22,7 @@ from tables import (
     SAMPLERS,
     mostly_slow,
     perturbed,
+    rows_of,
     sample_skewed,
     skewed_energy,
 )
@@ -142,8 +143,10 @@ def quadrature_gradient(objective, paths, own=None, state=(), on_policy=True):
         batch = Batch(
             trajectories=score(params["sampler"], xs, gaussian_energy),
             rollouts=None,
+            paths=None,
             on_policy=rows,
             target_draws=~rows,
+            **rows_of(BATCH)._asdict(),
             count=jnp.asarray(0),
             key=jax.random.key(0),
             sampler=GAUSSIAN,
@@ -240,7 +243,8 @@ def test_forward_kl_gradient_on_given_draws(x64):
     draws = LOC + SCALE * (MEAN + STD * NODES[:, None])
     objective = ds.objectives.forward_kl(draws)
     params = {"sampler": gaussian_params(), "objective": {}}
-    own, state = objective.init(jax.random.key(0), GAUSSIAN, params, gaussian_energy)
+    key = jax.random.key(0)
+    own, state = objective.init(key, GAUSSIAN, params, gaussian_energy, None)
     assert own == {}
 
     @jax.jit
@@ -248,13 +252,20 @@ def test_forward_kl_gradient_on_given_draws(x64):
         rows = jnp.zeros((64,), bool)
 
         def loss(params, key):
-            batch = Batch(None, None, rows, rows, 0, key, GAUSSIAN, gaussian_energy)
+            batch = batch_of(
+                jnp.zeros(64),
+                on_policy=rows,
+                key=key,
+                sampler=GAUSSIAN,
+                energy=gaussian_energy,
+            )
             return objective.loss(params, state, batch)
 
         return jax.vmap(jax.grad(loss, has_aux=True), (None, 0))(params, keys)
 
     gradient, metrics = gradients(jax.random.split(jax.random.key(1), 400))
-    assert np.all(metrics["extra_paths"] == 64)  # counted as evaluations by `fit`
+    evaluations = metrics["cost"].energy + metrics["cost"].gradient
+    assert np.all(evaluations == 64)  # counted by `fit`
     for name in GENERATION:
         sample = np.asarray(gradient["sampler"]["generation"][name])
         error = sample.std() / np.sqrt(sample.size)
@@ -300,6 +311,8 @@ def batch_of(log_weight, **fields):
     )
     defaults = {
         "rollouts": trajectories,
+        "paths": None,
+        **rows_of(size)._asdict(),
         "on_policy": jnp.ones(size, bool),
         "target_draws": jnp.zeros(size, bool),
         "count": jnp.asarray(0),
@@ -500,9 +513,12 @@ def test_trajectory_balance_starts_at_the_log_mean_weight_of_a_pilot():
     sampler = SAMPLERS["pis"](num_steps=2)
     params = sampler.init(jax.random.key(0))
     objective = ds.objectives.trajectory_balance()
-    own, offset = objective.init(jax.random.key(1), sampler, params, skewed_energy)
+    assert objective.requires.pilot
+    pilot = ds.batching.pilot(jax.random.key(1), sampler, params, skewed_energy)
+    own, offset = objective.init(
+        jax.random.key(1), sampler, params, skewed_energy, pilot
+    )
     assert own["log_z"] == 0.0
-    assert objective.requires.pilot_paths > 0
     assert float(offset) == pytest.approx(0.7, abs=0.3)  # log Z of this target
 
 
@@ -530,7 +546,7 @@ def test_bad_draws(draws, match):
 def test_draws_of_another_dimension():
     objective = ds.objectives.forward_kl(np.zeros((4, 3)))
     with pytest.raises(ValueError, match="draws must have 2 columns, got 3"):
-        objective.init(jax.random.key(0), SAMPLERS["pis"](), {}, skewed_energy)
+        objective.init(jax.random.key(0), SAMPLERS["pis"](), {}, skewed_energy, None)
 
 
 def test_weighted_sum_weighs_and_schedules_on_one_batch():
@@ -565,12 +581,12 @@ def test_weighted_sum_joins_requirements_and_states():
     assert requires.simulation_gradient
     assert requires.on_policy
     assert requires.target_draws
-    assert requires.pilot_paths == objectives.trajectory_balance().requires.pilot_paths
-    nested = objectives.weighted_sum((total, 0.5), (objectives.trajectory_balance(), 1))
-    assert nested.requires.pilot_paths == 2 * requires.pilot_paths
+    assert requires.pilot
+    assert not objectives.weighted_sum((objectives.log_variance(), 1)).requires.pilot
     sampler = SAMPLERS["pis"](num_steps=2)
     params = sampler.init(jax.random.key(0))
-    own, states = total.init(jax.random.key(0), sampler, params, skewed_energy)
+    pilot = ds.batching.pilot(jax.random.key(1), sampler, params, skewed_energy)
+    own, states = total.init(jax.random.key(0), sampler, params, skewed_energy, pilot)
     assert set(own) == {"0", "1", "2", "3"}
     assert set(own["2"]) == {"log_z"}
     assert states[3].shape == (16, 2)

@@ -495,8 +495,8 @@ poison = jax.custom_vjp(_poison)
 poison.defvjp(lambda x, factor: (x, factor), lambda factor, g: (g * factor, None))
 
 
-def _failing_init(key, sampler, params, energy):
-    del key, sampler, params, energy
+def _failing_init(key, sampler, params, energy, pilot):
+    del key, sampler, params, energy, pilot
     return {}, jnp.zeros((), jnp.int32)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from diffsamp.types import Array, Cost, Energy, Key, Params, Path, Proposal
+from diffsamp.types import Array, Cost, Energy, Key, Params, Path, Proposal, Request
 
 FREE = Cost(0, 0)
 
@@ -17,15 +17,22 @@ def simulate(
     sampler: Any,
     params: Params,
     energy: Energy,
-    batch_size: int,
+    request: Request,
     extra_std: Array | float = 0.0,
 ) -> Path:
-    """``batch_size`` paths from the generation process."""
+    """One path from the generation process for each row of the request."""
 
-    def one(key):
-        return sampler.simulate(params, key, energy, extra_std=extra_std)
+    def one(key, condition):
+        condition = condition if condition.size else None
+        return sampler.simulate(params, key, energy, condition, extra_std=extra_std)
 
-    return jax.vmap(one)(jax.random.split(key, batch_size))
+    keys = jax.random.split(key, num_rows(request))
+    return jax.vmap(one)(keys, request.condition)
+
+
+def num_rows(request: Request) -> int:
+    """B."""
+    return request.group.shape[0]
 
 
 def trace_back(

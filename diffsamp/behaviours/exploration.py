@@ -34,10 +34,12 @@ def exploration(noise: float | Callable) -> Behaviour:
     if not callable(noise) and not noise >= 0:
         raise ValueError(f"noise must not be negative, got {noise}")
 
-    def propose(state, key, sampler, params, energy, batch_size, count):
+    def propose(state, key, sampler, params, energy, request, count):
         del state
         extra_std = jnp.asarray(noise(count) if callable(noise) else noise)
-        paths = simulate(key, sampler, params, energy, batch_size, extra_std)
+        paths = simulate(key, sampler, params, energy, request, extra_std)
         return proposal(paths, simulated=True)
 
-    return Behaviour(no_state, propose, keep_state, Provides(simulated=True))
+    return Behaviour(
+        no_state, propose, keep_state, Provides(simulated=True, conditions=True)
+    )

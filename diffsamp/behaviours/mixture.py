@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffsamp.types import Behaviour, Cost, Provides
+from diffsamp.behaviours.common import num_rows
+from diffsamp.types import Behaviour, Provides, total_cost
 
 
 def mixture(*members: tuple[Behaviour, float]) -> Behaviour:
@@ -51,15 +52,19 @@ def _mixture(*members: tuple[Behaviour, float]) -> Behaviour:
     shares = np.array([share for _, share in members], np.float64)
     shares /= shares.sum()
 
-    def sizes(batch_size):
+    def split(request):
+        batch_size = num_rows(request)
         ends = np.round(np.cumsum(shares) * batch_size).astype(int)
-        counts = np.diff(ends, prepend=0)
-        if counts.min() < 1:
+        starts = ends - np.diff(ends, prepend=0)
+        if np.min(ends - starts) < 1:
             raise ValueError(
                 f"batch_size={batch_size} leaves a member of the mixture without a "
                 "row; raise batch_size or the smallest share"
             )
-        return counts
+        return [
+            jax.tree.map(lambda leaf, a=a, b=b: leaf[a:b], request)
+            for a, b in zip(starts, ends, strict=True)
+        ]
 
     def init(key, sampler, params, energy):
         keys = jax.random.split(key, len(behaviours))
@@ -67,14 +72,16 @@ def _mixture(*members: tuple[Behaviour, float]) -> Behaviour:
             b.init(k, sampler, params, energy)
             for b, k in zip(behaviours, keys, strict=True)
         ]
-        return tuple(state for state, _ in pairs), _total([cost for _, cost in pairs])
+        return tuple(state for state, _ in pairs), total_cost(
+            [cost for _, cost in pairs]
+        )
 
-    def propose(states, key, sampler, params, energy, batch_size, count):
+    def propose(states, key, sampler, params, energy, request, count):
         keys = jax.random.split(key, len(behaviours))
         parts = [
-            b.propose(state, k, sampler, params, energy, int(n), count)
-            for b, state, k, n in zip(
-                behaviours, states, keys, sizes(batch_size), strict=True
+            b.propose(state, k, sampler, params, energy, rows, count)
+            for b, state, k, rows in zip(
+                behaviours, states, keys, split(request), strict=True
             )
         ]
         return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
@@ -85,16 +92,15 @@ def _mixture(*members: tuple[Behaviour, float]) -> Behaviour:
             b.update(s, k, sampler, params, energy, trajectories, proposal, count)
             for b, s, k in zip(behaviours, states, keys, strict=True)
         ]
-        return tuple(state for state, _ in pairs), _total([cost for _, cost in pairs])
+        return tuple(state for state, _ in pairs), total_cost(
+            [cost for _, cost in pairs]
+        )
 
     provides = Provides(
         simulated=any(b.provides.simulated for b in behaviours),
         on_policy=any(b.provides.on_policy for b in behaviours),
         only_on_policy=all(b.provides.only_on_policy for b in behaviours),
         target_draws=any(b.provides.target_draws for b in behaviours),
+        conditions=all(b.provides.conditions for b in behaviours),
     )
     return Behaviour(init, propose, update, provides)
-
-
-def _total(costs):
-    return Cost(sum(c.energy for c in costs), sum(c.gradient for c in costs))

@@ -8,9 +8,9 @@ from diffsamp.behaviours.common import keep_state, no_state, proposal, simulate
 from diffsamp.types import Behaviour, Provides
 
 
-def _propose(state, key, sampler, params, energy, batch_size, count):
+def _propose(state, key, sampler, params, energy, request, count):
     del state, count
-    paths = simulate(key, sampler, params, energy, batch_size)
+    paths = simulate(key, sampler, params, energy, request)
     return proposal(paths, simulated=True, on_policy=True)
 
 
@@ -27,5 +27,5 @@ def on_policy() -> Behaviour:
         no_state,
         _propose,
         keep_state,
-        Provides(simulated=True, on_policy=True, only_on_policy=True),
+        Provides(simulated=True, on_policy=True, only_on_policy=True, conditions=True),
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from diffsamp.behaviours.common import FREE, keep_state, proposal, trace_back
+from diffsamp.behaviours.common import FREE, keep_state, num_rows, proposal, trace_back
 from diffsamp.types import Array, Behaviour, Provides
 
 
@@ -38,10 +38,10 @@ def reference_draws(draws: Array) -> Behaviour:
             )
         return points, FREE
 
-    def propose(points, key, sampler, params, energy, batch_size, count):
+    def propose(points, key, sampler, params, energy, request, count):
         del count
         pick, walk = jax.random.split(key)
-        index = jax.random.randint(pick, (batch_size,), 0, points.shape[0])
+        index = jax.random.randint(pick, (num_rows(request),), 0, points.shape[0])
         paths = trace_back(walk, sampler, params, energy, points[index])
         return proposal(paths, target_draws=True)
 

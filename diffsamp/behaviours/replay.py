@@ -11,7 +11,7 @@ import functools
 import jax
 
 from diffsamp import buffers
-from diffsamp.behaviours.common import FREE, proposal, simulate, trace_back
+from diffsamp.behaviours.common import FREE, num_rows, proposal, simulate, trace_back
 from diffsamp.types import Behaviour, Provides
 
 
@@ -42,16 +42,16 @@ def replay(capacity: int = 100_000) -> Behaviour:
         del key, params, energy
         return buffers.init(capacity, sampler.dim), FREE
 
-    def propose(buffer, key, sampler, params, energy, batch_size, count):
+    def propose(buffer, key, sampler, params, energy, request, count):
         del count
         pick, walk = jax.random.split(key)
 
         def stored():
-            x = buffers.sample(buffer, pick, batch_size)
+            x = buffers.sample(buffer, pick, num_rows(request))
             return proposal(trace_back(walk, sampler, params, energy, x))
 
         def fresh():
-            paths = simulate(walk, sampler, params, energy, batch_size)
+            paths = simulate(walk, sampler, params, energy, request)
             return proposal(paths, simulated=True, on_policy=True)
 
         return jax.lax.cond(buffer.size > 0, stored, fresh)

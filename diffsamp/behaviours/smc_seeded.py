@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 
 from diffsamp import mcmc
-from diffsamp.behaviours.common import proposal, trace_back
+from diffsamp.behaviours.common import num_rows, proposal, trace_back
 from diffsamp.types import Array, Behaviour, Cost, Provides, Target
 
 
@@ -97,10 +97,12 @@ def smc_seeded(
             )
         return state, cost
 
-    def propose(state, key, sampler, params, energy, batch_size, count):
+    def propose(state, key, sampler, params, energy, request, count):
         del count
         pick, walk = jax.random.split(key)
-        index = jax.random.categorical(pick, state.log_weight, shape=(batch_size,))
+        index = jax.random.categorical(
+            pick, state.log_weight, shape=(num_rows(request),)
+        )
         paths = trace_back(walk, sampler, params, energy, state.x[index])
         return proposal(paths, target_draws=True)
 

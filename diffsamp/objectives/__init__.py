@@ -1,21 +1,41 @@
 """Training objectives, one per file, all of one shape: `diffsamp.types.Objective`."""
 
+from diffsamp.objectives.detailed_balance import detailed_balance as detailed_balance
+from diffsamp.objectives.flows import Flow as Flow
 from diffsamp.objectives.forward_kl import forward_kl as forward_kl
+from diffsamp.objectives.kernels import destruction_only as destruction_only
+from diffsamp.objectives.kernels import generation_only as generation_only
+from diffsamp.objectives.kernels import gradient_scale as gradient_scale
 from diffsamp.objectives.log_variance import log_variance as log_variance
 from diffsamp.objectives.reverse_kl import reverse_kl as reverse_kl
 from diffsamp.objectives.reverse_kl_log_derivative import (
     reverse_kl_log_derivative as reverse_kl_log_derivative,
 )
+from diffsamp.objectives.sub_trajectory_balance import (
+    sub_trajectory_balance as sub_trajectory_balance,
+)
+from diffsamp.objectives.target_copy import target_copy as target_copy
 from diffsamp.objectives.trajectory_balance import (
     trajectory_balance as trajectory_balance,
+)
+from diffsamp.objectives.trajectory_likelihood import (
+    trajectory_likelihood as trajectory_likelihood,
 )
 from diffsamp.objectives.weighted_sum import weighted_sum as weighted_sum
 
 __all__ = [
+    "Flow",
+    "destruction_only",
+    "detailed_balance",
     "forward_kl",
+    "generation_only",
+    "gradient_scale",
     "log_variance",
     "reverse_kl",
     "reverse_kl_log_derivative",
+    "sub_trajectory_balance",
+    "target_copy",
     "trajectory_balance",
+    "trajectory_likelihood",
     "weighted_sum",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import optax
 
@@ -44,11 +45,29 @@ def safe(log_weight: Array, rows: Array) -> Array:
     return jnp.where(rows, log_weight, jnp.zeros_like(log_weight))
 
 
+def group_mean(values: Array, rows: Array, batch: Batch) -> tuple[Array, Array]:
+    """For each row the mean over the usable rows of its condition, and their number.
+
+    Without conditions the whole batch is one group. NaN for a group without any.
+    """
+    kept = jnp.where(rows, values, jnp.zeros_like(values))
+    count = rows.astype(values.dtype)
+    if batch.condition.shape[-1] == 0:
+        count = jnp.broadcast_to(jnp.sum(count), values.shape)
+        return jnp.broadcast_to(row_mean(values, rows), values.shape), count
+    size = values.shape[0]
+    total, number = (
+        jax.ops.segment_sum(v, batch.group, num_segments=size) for v in (kept, count)
+    )
+    mean = total / jnp.where(number > 0, number, jnp.nan)
+    return mean[batch.group], number[batch.group]
+
+
 def no_state(
-    key: Key, sampler: Any, params: Params, energy: Energy
+    key: Key, sampler: Any, params: Params, energy: Energy, pilot: Any
 ) -> tuple[dict, tuple]:
     """`Objective.init` of objectives with neither parameters nor state."""
-    del key, sampler, params, energy
+    del key, sampler, params, energy, pilot
     return {}, ()
 
 

@@ -18,7 +18,7 @@ from diffsamp.objectives.common import (
     no_state,
     row_mean,
 )
-from diffsamp.types import Array, Objective, Requirements
+from diffsamp.types import Array, Cost, Objective, Requirements
 
 
 def _negative_log_likelihood(trajectories, rows):
@@ -50,8 +50,13 @@ def forward_kl(draws: Array | None = None) -> Objective:
     if not bool(jnp.all(jnp.isfinite(points))):
         raise ValueError("draws must be finite; remove NaN and infinite rows")
 
-    def init(key, sampler, params, energy):
-        del key, params, energy
+    def init(key, sampler, params, energy, pilot):
+        del key, params, energy, pilot
+        if sampler.condition_dim:
+            raise ValueError(
+                "forward_kl(draws) knows no conditions to go with its draws; use a "
+                "behaviour that brings both, and forward_kl()"
+            )
         if points.shape[1] != sampler.dim:
             raise ValueError(
                 f"draws must have {sampler.dim} columns, got {points.shape[1]}"
@@ -71,7 +76,9 @@ def forward_kl(draws: Array | None = None) -> Objective:
         )
         rows = jnp.ones((batch_size,), bool)
         loss = _negative_log_likelihood(trajectories, rows)
-        return loss, {"extra_paths": jnp.asarray(batch_size)}
+        price = batch.sampler.evaluations_per_path
+        cost = Cost(batch_size * price.energy, batch_size * price.gradient)
+        return loss, {"cost": cost}
 
     return Objective(Requirements(), init, loss, keep_state)
 

@@ -13,6 +13,9 @@ With ``huber=d`` this is kept and h is Huber's function, linear beyond |r| = d. 
 energies span many orders of magnitude (a funnel: 10^14 nats in a batch) the square of a
 single path decides the update of all, and overflows; the minimiser c, Huber's estimate
 of location, lies within d of the median. As c is optimal, its own derivative drops out.
+
+For a conditional energy the variance is taken among the rows of one condition and
+averaged over conditions, since log Z depends on the condition.
 """
 
 from __future__ import annotations
@@ -25,13 +28,14 @@ import jax.numpy as jnp
 from diffsamp.objectives.common import (
     check_huber,
     finite_rows,
+    group_mean,
     half_square,
     keep_state,
     no_state,
     row_mean,
     safe,
 )
-from diffsamp.types import Array, Objective, Requirements
+from diffsamp.types import Array, Batch, Objective, Requirements
 
 
 @functools.cache
@@ -58,30 +62,37 @@ def log_variance(*, huber: float | None = None) -> Objective:
         log_weight = batch.trajectories.log_weight
         rows = finite_rows(log_weight)
         log_weight = safe(log_weight, rows)
-        if huber is None:
-            centre = row_mean(log_weight, rows)
-        else:
-            centre = _huber_location(jax.lax.stop_gradient(log_weight), rows, huber)
-        count = jnp.sum(rows).astype(log_weight.dtype)
-        total = row_mean(2.0 * half_square(log_weight - centre, huber), rows)
-        return total * count / jnp.maximum(count - 1, 1), {}
+        centre, count = group_mean(log_weight, rows, batch)
+        if huber is not None:
+            centre = _huber_location(log_weight, rows, batch, huber)
+        square = 2.0 * half_square(log_weight - centre, huber)
+        return row_mean(square * count / jnp.maximum(count - 1, 1), rows), {}
 
     return Objective(Requirements(), no_state, loss, keep_state)
 
 
-def _huber_location(values: Array, rows: Array, delta: float) -> Array:
-    """Root of ``mean clip(values - c, -delta, delta)``, by bisection round the median.
+def _huber_location(values: Array, rows: Array, batch: Batch, delta: float) -> Array:
+    """Root of ``mean clip(values - c, -delta, delta)`` of each row's group, [B].
 
-    Half of the values lie above the median and half below, so the mean is not positive
-    at median + delta and not negative at median - delta.
+    By bisection. Without conditions round the median: half of the values lie above it
+    and half below, so the mean is not positive at median + delta and not negative at
+    median - delta. With conditions between the extremes of the batch.
     """
-    median = jnp.nanmedian(jnp.where(rows, values, jnp.nan))
+    values = jax.lax.stop_gradient(values)
+    usable = jnp.where(rows, values, jnp.nan)
+    if batch.condition.shape[-1] == 0:
+        median = jnp.nanmedian(usable)
+        ends, num_halvings = (median - delta, median + delta), 40
+    else:
+        ends, num_halvings = (jnp.nanmin(usable), jnp.nanmax(usable)), 80
+    low, high = (jnp.broadcast_to(end, values.shape) for end in ends)
 
     def halve(_, bracket):
         low, high = bracket
         middle = 0.5 * (low + high)
-        above = row_mean(jnp.clip(values - middle, -delta, delta), rows) > 0
+        clipped = jnp.clip(values - middle, -delta, delta)
+        above = group_mean(clipped, rows, batch)[0] > 0
         return jnp.where(above, middle, low), jnp.where(above, high, middle)
 
-    low, high = jax.lax.fori_loop(0, 40, halve, (median - delta, median + delta))
+    low, high = jax.lax.fori_loop(0, num_halvings, halve, (low, high))
     return 0.5 * (low + high)

@@ -6,8 +6,9 @@ With L = -log_weight on detached on-policy paths and b its batch mean, the surro
 
 has the gradient of reverse KL for generation parameters, destruction parameters and
 parameters shared by both (rKL-LD, arXiv 2506.10982; the log-variance gradient has not,
-once destruction is learned). b is the mean over the other rows: with the plain batch
-mean the estimate would shrink by 1 - 1/B. The loss value itself means nothing; the
+once destruction is learned). b is the mean over the other rows (of the same condition,
+where there are conditions): with the plain batch mean the estimate would shrink by
+1 - 1/B. The loss value itself means nothing; the
 metric ``elbo`` does.
 """
 
@@ -20,6 +21,7 @@ import jax.numpy as jnp
 
 from diffsamp.objectives.common import (
     finite_rows,
+    group_mean,
     keep_state,
     no_state,
     row_mean,
@@ -33,9 +35,9 @@ def _loss(params, state, batch):
     trajectories = batch.trajectories
     rows = finite_rows(trajectories.log_weight, batch.on_policy)
     cost = jax.lax.stop_gradient(-safe(trajectories.log_weight, rows))
-    count = jnp.sum(rows).astype(cost.dtype)
+    baseline, count = group_mean(cost, rows, batch)
     # (L - mean of the others) = (L - mean of all) B / (B - 1)
-    advantage = (cost - row_mean(cost, rows)) * count / jnp.maximum(count - 1, 1)
+    advantage = (cost - baseline) * count / jnp.maximum(count - 1, 1)
     log_generation = jnp.sum(trajectories.log_generation, axis=-1)
     log_destruction = jnp.sum(trajectories.log_destruction, axis=-1)
     return row_mean(advantage * log_generation - log_destruction, rows), {}

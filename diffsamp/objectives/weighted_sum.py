@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffsamp.types import Objective, Requirements
+from diffsamp.types import Objective, Requirements, total_cost
 
 Weight = float | Callable
 
@@ -57,14 +57,13 @@ def _checked(member):
 @functools.cache
 def _weighted_sum(*members: tuple[Objective, Weight]) -> Objective:
     objectives = [objective for objective, _ in members]
-    pilot_paths = sum(o.requires.pilot_paths for o in objectives)
     flags = map(any, zip(*(o.requires for o in objectives), strict=True))
-    requires = Requirements(*flags)._replace(pilot_paths=pilot_paths)
+    requires = Requirements(*flags)
 
-    def init(key, sampler, params, energy):
+    def init(key, sampler, params, energy, pilot):
         keys = jax.random.split(key, len(objectives))
         pairs = [
-            o.init(k, sampler, params, energy)
+            o.init(k, sampler, params, energy, pilot)
             for o, k in zip(objectives, keys, strict=True)
         ]
         trainable = {str(i): pair[0] for i, pair in enumerate(pairs)}
@@ -75,16 +74,16 @@ def _weighted_sum(*members: tuple[Objective, Weight]) -> Objective:
 
     def loss(params, states, batch):
         total, metrics = jnp.zeros((), batch.trajectories.log_weight.dtype), {}
-        extra_paths = 0
+        costs = []
         for i, (objective, weight) in enumerate(members):
             own = batch._replace(key=jax.random.fold_in(batch.key, i))
             value, extra = objective.loss(member_params(params, i), states[i], own)
             factor = weight(batch.count) if callable(weight) else weight
             total = total + jnp.asarray(factor, total.dtype) * value
+            costs += [extra.pop("cost")] if "cost" in extra else []
             metrics.update({f"loss_{i}": value, **extra})
-            extra_paths += extra.get("extra_paths", 0)
-        if "extra_paths" in metrics:
-            metrics["extra_paths"] = extra_paths
+        if costs:
+            metrics["cost"] = total_cost(costs)
         return total, metrics
 
     def update(params, states, batch):
