@@ -73,10 +73,26 @@ OBJECTIVES = {
     "trajectory_balance": ds.objectives.trajectory_balance,
     "forward_kl": ds.objectives.forward_kl,
     "forward_kl_draws": lambda: ds.objectives.forward_kl(skewed_draws()),
+    "sub_trajectory_balance": lambda: ds.objectives.sub_trajectory_balance(
+        1.5, flow=small_flow(forward_looking=True)
+    ),
+    "detailed_balance": lambda: ds.objectives.detailed_balance(
+        flow=small_flow(forward_looking=True)
+    ),
+    "target_copy": lambda: ds.objectives.target_copy(
+        ds.objectives.log_variance(), rate=0.1
+    ),
+    "one_for_each_kernel": lambda: ds.objectives.weighted_sum(
+        (ds.objectives.generation_only(ds.objectives.trajectory_balance()), 1.0),
+        (ds.objectives.trajectory_likelihood(), 1.0),
+    ),
     "weighted_sum": lambda: ds.objectives.weighted_sum(
         (ds.objectives.log_variance(), 0.5), (ds.objectives.trajectory_balance(), 0.5)
     ),
 }
+
+# Objectives that make no sense with the reference's destruction kernel.
+NEED_DESTRUCTION = {"target_copy", "one_for_each_kernel"}
 
 BEHAVIOURS = {
     "on_policy": ds.behaviours.on_policy,
@@ -104,6 +120,12 @@ NOISE_SCHEDULES = {
     "linear": ds.schedules.linear,
     "cosine_power": ds.schedules.cosine_power,
 }
+
+
+def small_flow(**options):
+    """A flow with a tiny network."""
+    module = ds.networks.FourierMLP(width=8, depth=1, out_dim=1)
+    return ds.objectives.Flow(network=ds.networks.LinenBackbone(module, 1), **options)
 
 
 def mostly_slow(names, *fast):

@@ -8,6 +8,7 @@ with three nodes per noise is exact for every expectation below. Its weights
 """
 
 import itertools
+from typing import NamedTuple
 
 import chex
 import jax
@@ -17,14 +18,17 @@ import optax
 import pytest
 from tables import (
     BEHAVIOURS,
+    NEED_DESTRUCTION,
     OBJECTIVES,
     PROCESSES,
     SAMPLERS,
+    counting_energy,
     mostly_slow,
     perturbed,
     rows_of,
     sample_skewed,
     skewed_energy,
+    small_flow,
 )
 
 import diffsamp as ds
@@ -143,7 +147,7 @@ def quadrature_gradient(objective, paths, own=None, state=(), on_policy=True):
         batch = Batch(
             trajectories=score(params["sampler"], xs, gaussian_energy),
             rollouts=None,
-            paths=None,
+            paths=jax.vmap(lambda x: GAUSSIAN._complete(x, gaussian_energy, None))(xs),
             on_policy=rows,
             target_draws=~rows,
             **rows_of(BATCH)._asdict(),
@@ -226,6 +230,226 @@ def test_trajectory_balance_has_the_gradient_of_reverse_kl(x64, log_z_scale):
         slope = log_z_scale * (log_z - elbo)
         assert float(own["log_z"]) == pytest.approx(slope, abs=1e-9)
         assert value > 0.5 * (log_z - elbo) ** 2
+
+
+def test_trajectory_likelihood_has_the_gradient_of_reverse_kl_in_destruction(x64):
+    expected = finite_differences(reverse)
+    paths, _ = generated(THETA, GRID)
+    objective = ds.objectives.trajectory_likelihood()
+    _, actual, _ = quadrature_gradient(objective, paths)
+    assert_gradient(actual, expected, DESTRUCTION)
+    assert_gradient(actual, dict.fromkeys(GENERATION, 0.0), GENERATION)
+
+
+def test_each_kernel_by_its_own_objective_is_the_gradient_of_reverse_kl(x64):
+    """Balance for generation plus likelihood for destruction: nothing counted twice."""
+    expected = finite_differences(reverse)
+    elbo = LOG_Z - reverse(THETA)
+    paths, _ = generated(THETA, GRID)
+    objective = OBJECTIVES["one_for_each_kernel"]()
+    own = {"0": {"log_z": jnp.asarray(0.0)}, "1": {}}
+    state = (jnp.asarray(elbo), ())
+    _, actual, _ = quadrature_gradient(objective, paths, own, state)
+    assert_gradient(actual, expected, THETA)
+
+
+def test_gradient_scale_multiplies_one_kernel_and_not_the_value(x64):
+    paths, _ = generated(THETA, GRID)
+    objective = ds.objectives.log_variance()
+    value, plain, _ = quadrature_gradient(objective, paths)
+    for generation, destruction, factors in (
+        (0.0, 1.0, (0.0, 1.0)),
+        (0.5, -2.0, (0.5, -2.0)),
+        (lambda count: 3.0 - count, lambda count: count >= 1, (3.0, 0.0)),
+    ):
+        scaled = ds.objectives.gradient_scale(
+            objective, generation=generation, destruction=destruction
+        )
+        same, actual, _ = quadrature_gradient(scaled, paths)  # at count 0
+        assert same == pytest.approx(value, rel=1e-12)
+        assert_gradient(actual, plain, GENERATION, factors[0])
+        assert_gradient(actual, plain, DESTRUCTION, factors[1])
+    only = ds.objectives.destruction_only(objective)
+    assert only is ds.objectives.destruction_only(objective)
+    _, actual, _ = quadrature_gradient(only, paths)
+    assert_gradient(actual, plain, GENERATION, 0.0)
+    assert_gradient(actual, plain, DESTRUCTION)
+
+
+def test_long_pieces_alone_are_trajectory_balance(x64):
+    paths, _ = generated(THETA, GRID)
+    offset = jnp.asarray(0.2)
+    balance = ds.objectives.trajectory_balance()
+    own = {"log_z": jnp.asarray(0.03)}
+    value, expected, log_z = quadrature_gradient(balance, paths, own, offset)
+    for flow in (small_flow(), small_flow(forward_looking=True)):
+        objective = ds.objectives.sub_trajectory_balance(1e30, flow=flow)
+        network = perturbed(flow.network.init(jax.random.key(0), 1, 0), 0.5)
+        both = {"flow": network, **own}
+        actual = quadrature_gradient(objective, paths, both, offset)
+        assert actual[0] == pytest.approx(value, rel=1e-10)
+        assert_gradient(actual[1], expected, THETA)
+        assert_gradient(actual[2], log_z, ["log_z"])
+
+
+def _log_normal(y, mean, variance):
+    return -0.5 * ((y - mean) ** 2 / variance + np.log(2 * np.pi * variance))
+
+
+def _log_marginal(ys, k):
+    """log density that the destruction of the target gives to state k, units of x."""
+    offsets, covariance = destroyed(THETA, GRID)[1]
+    return _log_normal(ys, offsets[k], covariance[k, k]) - np.log(SCALE)
+
+
+class _ExactFlow(NamedTuple):
+    """The network that makes the flow Z times the density of destruction."""
+
+    feature_dim: int = 1
+
+    def init(self, key, dim, condition_dim):
+        return {}
+
+    def __call__(self, params, y, t, condition):
+        return _log_marginal(y, 1) / ds.objectives.Flow().log_z_scale
+
+
+def test_pieces_of_a_path_with_the_exact_flow(x64):
+    """Every residual by hand, with the flow that fits the destruction kernel."""
+    ys, _ = generated(THETA, GRID)
+
+    def log_kernel(first, slope, start, end):
+        mean = start + STEP * (THETA[first] + THETA[slope] * start)
+        return _log_normal(end, mean, NOISE**2) - np.log(SCALE)
+
+    log_flow = [
+        LOG_Z + _log_normal(ys[:, 0], 0.0, 1.0) - np.log(SCALE),
+        LOG_Z + _log_marginal(ys[:, 1], 1),
+        LOG_Z + _log_marginal(ys[:, 2], 2),
+    ]
+    first, second = (
+        log_flow[k]
+        + log_kernel("a", "b", ys[:, k], ys[:, k + 1])
+        - log_kernel("c", "d", ys[:, k + 1], ys[:, k])
+        - log_flow[k + 1]
+        for k in range(K)
+    )
+    parts = [np.mean(0.5 * r**2) for r in (first, second, first + second)]
+    flow = ds.objectives.Flow(network=_ExactFlow())
+    offset = jnp.asarray(0.2)
+    own = {"flow": {}, "log_z": jnp.asarray((LOG_Z - 0.2) / flow.log_z_scale)}
+    for objective, weights in (
+        (ds.objectives.detailed_balance(flow=flow), [1 / 2, 1 / 2, 0]),
+        (ds.objectives.sub_trajectory_balance(3.0, flow=flow), [0.2, 0.2, 0.6]),
+    ):
+        value, _, _ = quadrature_gradient(objective, ys, own, offset)
+        assert value == pytest.approx(float(np.dot(weights, parts)), rel=1e-9)
+
+
+@pytest.mark.parametrize("name", ["pis", "dis", "gbs"])
+def test_forward_looking_flow_is_the_geometric_path(x64, name):
+    """Before training: (1 - t) (log Z + log reference marginal) - t energy."""
+    sampler = SAMPLERS[name](num_steps=3)
+    params = sampler.init(jax.random.key(0))
+    keys = jax.random.split(jax.random.key(1), 4)
+    simulate = jax.vmap(sampler.simulate, in_axes=(None, 0, None))
+    paths = simulate(params, keys, skewed_energy)
+    flow = small_flow(forward_looking=True)
+    objective = ds.objectives.detailed_balance(flow=flow)
+    pilot = ds.batching.pilot(keys[0], sampler, params, skewed_energy)
+    own, offset = objective.init(keys[1], sampler, params, skewed_energy, pilot)
+    trajectories = jax.vmap(lambda p: sampler.score_path(params, p))(paths)
+    energy, take = counting_energy(skewed_energy)
+    fields = rows_of(4)._asdict() | {"sampler": sampler, "energy": energy}
+    batch = batch_of(trajectories.log_weight, **fields)
+    for known in (True, False):
+        if not known:
+            paths = paths._replace(energies=jnp.zeros((4, 0)))
+        batch = batch._replace(trajectories=trajectories, paths=paths)
+        log_flow, log_z, cost = flow(own, offset, batch)
+        made = take()
+        assert made == {"energy": 0 if known else 4 * 2, "gradient": 0}
+        assert (cost.energy, cost.gradient) == (made["energy"], 0)
+        np.testing.assert_allclose(log_z, offset)
+        np.testing.assert_allclose(log_flow[:, 0], log_z + trajectories.log_prior)
+        np.testing.assert_allclose(log_flow[:, -1], -trajectories.energy)
+        table = sampler.process.coefficients(3)
+        std = 0.0 if sampler.process.point_mass else 1.0
+        for k in (1, 2):
+            decay, noise = table.generation_decay[k - 1], table.generation_std[k - 1]
+            std = np.hypot(decay * std, noise)
+            x, t = np.asarray(paths.xs[:, k]), table.times[k]
+            scale = std * np.asarray(sampler.scale)
+            log_reference = _log_normal(x, np.asarray(sampler.loc), scale**2).sum(-1)
+            expected = (1 - t) * (float(offset) + log_reference) - t * jax.vmap(
+                skewed_energy
+            )(x)
+            np.testing.assert_allclose(log_flow[:, k], expected, rtol=1e-10)
+
+
+@pytest.mark.parametrize("options", [{"rate": 0.25}, {"every": 2}])
+@pytest.mark.parametrize("generation", [False, True])
+def test_target_copy_lags_behind_one_kernel(x64, options, generation):
+    """The copy's kernel in the value, no gradient to it, and the way the copy moves."""
+    copied = ds.objectives.target_copy(
+        ds.objectives.log_variance(), **options, generation=generation
+    )
+    old = jax.tree.map(lambda v: v + 0.3, gaussian_params())
+    _, state = copied.init(jax.random.key(0), GAUSSIAN, old, gaussian_energy, None)
+    paths, _ = generated(THETA, GRID)
+    value, gradient, _ = quadrature_gradient(copied, paths, state=state)
+    fixed, trained = (
+        (GENERATION, DESTRUCTION) if generation else (DESTRUCTION, GENERATION)
+    )
+    group = "generation" if generation else "destruction"
+    mixed = gaussian_params() | {group: old[group]}
+    log_weight = jax.vmap(
+        lambda x: GAUSSIAN.score(mixed, x, gaussian_energy).log_weight
+    )(jnp.asarray(LOC + SCALE * paths[:, :, None]))
+    assert value == pytest.approx(float(np.var(log_weight, ddof=1)), rel=1e-9)
+    assert_gradient(gradient, dict.fromkeys(fixed, 0.0), fixed)
+    assert all(gradient[name] != 0 for name in trained)
+    params = {"sampler": gaussian_params(), "objective": {}}
+    shares = []
+    for count in range(4):
+        batch = batch_of(jnp.zeros(4), count=jnp.asarray(count))
+        before = state[0]["generation"]["a"] - THETA["a"]
+        state = copied.update(params, state, batch)
+        after = state[0]["generation"]["a"] - THETA["a"]
+        shares.append(1 - float(after / before) if before else 1.0)
+    assert shares == pytest.approx([0.25] * 4 if "rate" in options else [0, 1, 1, 1])
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (lambda o: o.target_copy(o.log_variance()), "either rate in"),
+        (lambda o: o.target_copy(o.log_variance(), rate=0.1, every=2), "either rate"),
+        (lambda o: o.target_copy(o.log_variance(), rate=1.5), "rate=1.5"),
+        (lambda o: o.target_copy(o.log_variance(), every=0), "every=0"),
+        (lambda o: o.target_copy(o.reverse_kl(), rate=0.1), "differentiates the sim"),
+        (lambda o: o.generation_only(o.reverse_kl()), "trains both kernels at once"),
+        (
+            lambda o: o.gradient_scale(o.log_variance(), destruction=float("nan")),
+            "destruction must be a finite number",
+        ),
+        (lambda o: o.sub_trajectory_balance(0.0), "decay must be positive"),
+        (lambda o: o.Flow(log_z_scale=0.0), "log_z_scale must be positive"),
+        (
+            lambda o: o.Flow(network=ds.networks.backbone(4)),
+            "must return one number, got feature_dim=4",
+        ),
+    ],
+)
+def test_bad_options(make, match):
+    with pytest.raises(ValueError, match=match):
+        make(ds.objectives)
+
+
+@pytest.mark.parametrize("name", sorted(NEED_DESTRUCTION))
+def test_a_destruction_kernel_that_is_not_learned_is_named(name):
+    with pytest.raises(ValueError, match="learn_destruction=True"):
+        _fit(OBJECTIVES[name](), ds.behaviours.on_policy())
 
 
 def test_forward_kl_gradient_in_the_generation_kernel(x64):
@@ -715,13 +939,20 @@ def _gap_before_and_after(objective, sampler, energy, log_z, draws, **options):
     return np.mean(gap[:5]), np.mean(gap[-30:])
 
 
-TRAINED = [(objective, sampler) for objective in OBJECTIVES for sampler in PROCESSES]
+TRAINED = [
+    (objective, sampler)
+    for objective in OBJECTIVES
+    for sampler in PROCESSES
+    if objective not in NEED_DESTRUCTION or sampler == "gbs"
+]
 FAST = {
     ("reverse_kl", "pis"),
     ("reverse_kl_log_derivative", "gbs"),
     ("log_variance", "dis"),
     ("trajectory_balance", "pis"),
     ("forward_kl", "dds"),
+    ("sub_trajectory_balance", "dis"),
+    ("one_for_each_kernel", "gbs"),
 }
 
 
@@ -745,7 +976,10 @@ def test_every_objective_closes_the_gap_on_a_shifted_gaussian(objective, sampler
     assert -0.03 < after < (0.6 if "forward" in objective else 0.4) * before
 
 
-NETWORKS = list(zip(OBJECTIVES, itertools.cycle(SAMPLERS), strict=False))
+NETWORKS = [
+    (objective, "dis_shared" if objective in NEED_DESTRUCTION else sampler)
+    for objective, sampler in zip(OBJECTIVES, itertools.cycle(SAMPLERS), strict=False)
+]
 
 
 @pytest.mark.slow
