@@ -22,6 +22,7 @@ WITH_MODES = tuple(
 )
 # Other data or another dimension for the code of a target that is tested anyway.
 VARIANTS = {
+    "distorted_manywell_8",
     "german_credit_1",
     "gmm25",
     "gmm40_sde_sampler",
@@ -272,6 +273,34 @@ def test_well_log_z_by_adaptive_quadrature(key, x64):
     )
 
 
+def test_distorted_manywell_is_the_manywell_seen_through_a_map(x64, key):
+    """Density of the mapped draws by a numerical Jacobian of the inverse map."""
+    plain, distorted = targets.manywell(8), targets.distorted_manywell(8)
+    z, x = (t.sample(key, 20) for t in (plain, distorted))  # the same randomness
+    assert not np.allclose(z[:, 1::2], x[:, 1::2])
+    np.testing.assert_array_equal(z[:, 0::2], x[:, 0::2])
+
+    def forward(z):
+        before = [0.0, *z[0:-2:2]]
+        spread = 2.5 ** (2 * np.arange(4) / 3 - 1)
+        return np.array(
+            [
+                z[i]
+                if i % 2 == 0
+                else spread[i // 2] * z[i] + (z[i - 1] ** 2 - 3 + before[i // 2]) / 2
+                for i in range(8)
+            ]
+        )
+
+    for one_z, one_x in zip(np.asarray(z), np.asarray(x), strict=True):
+        np.testing.assert_allclose(forward(one_z), one_x, rtol=1e-12)
+        step = 1e-6 * np.eye(8)
+        jacobian = [(forward(one_z + s) - forward(one_z - s)) / 2e-6 for s in step]
+        assert abs(np.linalg.det(jacobian)) == pytest.approx(1.0, abs=1e-6)
+        energy = float(distorted.energy(jnp.asarray(one_x)))
+        assert energy == pytest.approx(float(plain.energy(jnp.asarray(one_z))))
+
+
 def test_rosenbrock_chain_log_z(x64):
     """Three coordinates by a 3-D grid, fifteen by the published configuration."""
     target = targets.rosenbrock(3, flatness=1.0)
@@ -402,6 +431,18 @@ def share_below_zero(means):
 
 
 STATISTICS = [
+    ("distorted_manywell", lambda xs: xs[:, 0], 1.1879609834),
+    ("distorted_manywell", lambda xs: xs[:, 1], 0.5 * (2.9598060905 - 3)),
+    (
+        "distorted_manywell",
+        lambda xs: xs[:, 31],
+        0.5 * (2.9598060905 - 3 + 1.1879609834),
+    ),
+    (
+        "distorted_manywell",  # the noise of the last pair has standard deviation 2.5
+        lambda xs: (xs[:, 31] - 0.5 * (xs[:, 30] ** 2 - 3 + xs[:, 28])) ** 2,
+        6.25,
+    ),
     ("double_well", lambda xs: (xs[:, 0] - 1.5) ** 2, 1.8353417215),
     ("double_well", lambda xs: xs[:, 0], 1.5),
     ("funnel_easy", lambda xs: xs[:, 0] ** 2, 1.0),

@@ -3,6 +3,9 @@
 from diffsamp.targets.brownian import brownian as brownian
 from diffsamp.targets.catalogue import all_targets as all_targets
 from diffsamp.targets.catalogue import by_name as by_name
+from diffsamp.targets.distorted_manywell import (
+    distorted_manywell as distorted_manywell,
+)
 from diffsamp.targets.drawn_image import drawn_image as drawn_image
 from diffsamp.targets.funnels import funnel_easy as funnel_easy
 from diffsamp.targets.funnels import funnel_hard as funnel_hard
@@ -32,6 +35,7 @@ __all__ = (
     "breast_cancer",
     "brownian",
     "by_name",
+    "distorted_manywell",
     "double_well",
     "drawn_image",
     "funnel_easy",

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 
 from diffsamp.targets.brownian import brownian
+from diffsamp.targets.distorted_manywell import distorted_manywell
 from diffsamp.targets.drawn_image import drawn_image
 from diffsamp.targets.funnels import funnel_easy, funnel_hard
 from diffsamp.targets.gaussian_mixtures import gmm9, gmm25, gmm40
@@ -28,6 +29,8 @@ from diffsamp.types import Target
 _FACTORIES: dict[str, Callable[[], Target]] = {
     "brownian": brownian,
     "breast_cancer": breast_cancer,
+    "distorted_manywell": distorted_manywell,
+    "distorted_manywell_8": functools.partial(distorted_manywell, 8),
     "double_well": double_well,
     "drawn_image": drawn_image,
     "funnel_easy": funnel_easy,
