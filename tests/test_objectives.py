@@ -461,6 +461,15 @@ def test_forward_kl_gradient_in_the_generation_kernel(x64):
     assert_gradient(actual, dict.fromkeys(DESTRUCTION, 0.0), DESTRUCTION)
 
 
+def test_forward_kl_log_derivative_gradient_in_both_kernels(x64):
+    expected = finite_differences(forward)
+    paths, _ = destroyed(THETA, GRID)
+    objective = ds.objectives.forward_kl_log_derivative()
+    _, actual, _ = quadrature_gradient(objective, paths, on_policy=False)
+    assert_gradient(actual, expected, GENERATION)
+    assert_gradient(actual, expected, DESTRUCTION, BATCH / (BATCH - 1))
+
+
 def test_forward_kl_gradient_on_given_draws(x64):
     """The draws are the nodes of the target, the noise of tracing back is random."""
     expected = finite_differences(forward)

@@ -3,6 +3,9 @@
 from diffsamp.objectives.detailed_balance import detailed_balance as detailed_balance
 from diffsamp.objectives.flows import Flow as Flow
 from diffsamp.objectives.forward_kl import forward_kl as forward_kl
+from diffsamp.objectives.forward_kl_log_derivative import (
+    forward_kl_log_derivative as forward_kl_log_derivative,
+)
 from diffsamp.objectives.kernels import destruction_only as destruction_only
 from diffsamp.objectives.kernels import generation_only as generation_only
 from diffsamp.objectives.kernels import gradient_scale as gradient_scale
@@ -28,6 +31,7 @@ __all__ = [
     "destruction_only",
     "detailed_balance",
     "forward_kl",
+    "forward_kl_log_derivative",
     "generation_only",
     "gradient_scale",
     "log_variance",
