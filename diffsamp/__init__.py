@@ -1,6 +1,7 @@
 """Diffusion samplers in JAX: from an energy to weighted draws and log Z."""
 
 from diffsamp import behaviours as behaviours
+from diffsamp import buffers as buffers
 from diffsamp import diagnostics as diagnostics
 from diffsamp import evidence as evidence
 from diffsamp import mcmc as mcmc
@@ -50,6 +51,8 @@ from diffsamp.types import Request as Request
 from diffsamp.types import Requirements as Requirements
 from diffsamp.types import Target as Target
 from diffsamp.types import Trajectory as Trajectory
+from diffsamp.variances import VarianceRatios as VarianceRatios
+from diffsamp.variances import variance_ratios as variance_ratios
 
 __version__ = "0.1.0"
 
@@ -77,7 +80,9 @@ __all__ = [
     "TrainState",
     "TrainingDiverged",
     "Trajectory",
+    "VarianceRatios",
     "behaviours",
+    "buffers",
     "diagnostics",
     "draw",
     "evaluate",
@@ -103,5 +108,6 @@ __all__ = [
     "summary",
     "targets",
     "training",
+    "variance_ratios",
     "verdict_lines",
 ]

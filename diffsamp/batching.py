@@ -17,7 +17,7 @@ import numpy as np
 
 from diffsamp.energies import as_energy
 from diffsamp.sampler import Final, Sampler
-from diffsamp.types import Array, ArrayLike, Energy, Key, Params
+from diffsamp.types import Array, Energy, Key, Params
 
 BLOCK = 256
 BATCH = 1024
@@ -30,7 +30,7 @@ def draw_final(
     energy: Energy,
     num_draws: int,
     batch_size: int = BATCH,
-    condition: ArrayLike | None = None,
+    condition: Array | None = None,
 ) -> Final:
     """Last states, weights and energies of ``num_draws`` paths, on the host."""
     num_blocks = -(-batch_size // BLOCK)
@@ -70,7 +70,7 @@ def trace_back_log_weights(
     energy: Energy,
     x: Array,
     batch_size: int = BATCH,
-    condition: ArrayLike | None = None,
+    condition: Array | None = None,
 ) -> np.ndarray:
     """Log-weights of paths traced back from points x [M, D], on the host."""
     num_blocks = -(-batch_size // BLOCK)
@@ -122,7 +122,6 @@ def _trace_blocks(sampler, num_blocks, params, key, energy, start, x, conditions
 def _repeated(condition, size):
     if condition is None:
         return None
-    condition = jnp.asarray(condition, jax.dtypes.canonicalize_dtype(float))
     return jnp.broadcast_to(condition, (size, *condition.shape))
 
 

@@ -116,6 +116,7 @@ def draw(
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     key, energy = as_key(key), as_energy(energy)
+    condition = _as_condition(condition)
     sampler.check_energy(energy, condition)
     final = batching.draw_final(
         key, sampler, params, energy, num_draws, batch_size, condition
@@ -190,7 +191,14 @@ def log_weights_of(
     x = jnp.asarray(x, jax.dtypes.canonicalize_dtype(float))
     if x.ndim != 2 or x.shape[1] != sampler.dim or x.shape[0] == 0:
         raise ValueError(f"x must have shape [M, {sampler.dim}], got {list(x.shape)}")
+    condition = _as_condition(condition)
     sampler.check_energy(energy, condition)
     return batching.trace_back_log_weights(
         as_key(key), sampler, params, as_energy(energy), x, batch_size, condition
     )
+
+
+def _as_condition(condition: ArrayLike | None) -> jax.Array | None:
+    if condition is None:
+        return None
+    return jnp.asarray(condition, jax.dtypes.canonicalize_dtype(float))

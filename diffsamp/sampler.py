@@ -366,6 +366,17 @@ class Sampler:
 
         Differentiable in params, never in the states.
         """
+        return self.score_with_variances(params, path, condition)[0]
+
+    def score_with_variances(
+        self, params: Params, path: Path, condition: Array | None = None
+    ) -> tuple[Trajectory, Array]:
+        """`score_path`, and log(generation / destruction variance) of every step.
+
+        Returns:
+            The trajectory, and the log-ratios [K, D]: 0 for the transition out of a
+            point mass, where there is no such ratio. No gradient flows through them.
+        """
         path = jax.lax.stop_gradient(path)
         ys = self._unit(path.xs)
         generation, destruction = self._kernels(params, path, condition)
@@ -373,22 +384,16 @@ class Sampler:
         log_generation = log_density(ys[1:], *generation)
         log_destruction = log_density(ys[:-1], *destruction)
         log_prior = self._log_prior(ys[0])
-        return self._trajectory(
+        trajectory = self._trajectory(
             path.xs, log_prior, log_generation, log_destruction, path.energy
         )
+        stds = jax.lax.stop_gradient((generation[1], destruction[1]))
+        return trajectory, self._log_variance_ratio(*stds)
 
-    def log_variance_ratios(
-        self, params: Params, path: Path, condition: Array | None = None
-    ) -> Array:
-        """Log of generation over destruction variance along a path, [K, D].
-
-        Zero for the transition out of a point mass, where there is no such ratio.
-        """
-        (_, generation), (_, destruction) = self._kernels(params, path, condition)
-        log_ratio = 2 * (jnp.log(generation) - jnp.log(destruction))
-        log_ratio = jnp.where(destruction > 0, log_ratio, jnp.zeros_like(log_ratio))
-        if log_ratio.ndim == 1:
-            log_ratio = log_ratio[:, None]
+    def _log_variance_ratio(self, generation: Array, destruction: Array) -> Array:
+        safe = jnp.where(destruction > 0, destruction, generation)
+        log_ratio = 2 * (jnp.log(generation) - jnp.log(safe))
+        log_ratio = log_ratio.reshape(self.num_steps, -1)
         return jnp.broadcast_to(log_ratio, (self.num_steps, self.dim))
 
     def final(

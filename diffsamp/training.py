@@ -26,7 +26,7 @@ import optax
 from jax.tree_util import Partial
 from tqdm import tqdm
 
-from diffsamp import batching, behaviours
+from diffsamp import batching, behaviours, variances
 from diffsamp import checkpoint as files
 from diffsamp.behaviours import common
 from diffsamp.energies import as_energy, as_key
@@ -84,8 +84,9 @@ class FitResult(NamedTuple):
         params: parameters of the sampler, their moving average where one was asked for.
         state: full state; pass it as ``fit(..., state=...)`` to go on.
         metrics: per update, [num_updates] each: loss, elbo and ess (of on-policy paths,
-            NaN without any), grad_norm, skipped, num_nonfinite and what the objective
-            adds.
+            NaN without any), grad_norm, skipped, num_nonfinite, variance_alarm (the
+            share of steps whose kernels' variances differ more than 100-fold) and what
+            the objective adds.
         num_energy_evaluations: energies evaluated alone, pilots included.
         num_gradient_evaluations: energies evaluated with their gradient.
         num_network_evaluations: control evaluations in simulating and scoring.
@@ -255,14 +256,15 @@ def step(
             own = common.proposal(paths, simulated=True, on_policy=True)
         else:
             rollouts, own = None, proposal
-        score = jax.vmap(sampler.score_path, in_axes=(None, 0, 0))
-        trajectories = score(params["sampler"], own.paths, condition)
+        score = jax.vmap(sampler.score_with_variances, in_axes=(None, 0, 0))
+        trajectories, log_ratios = score(params["sampler"], own.paths, condition)
         batch = batch_of(own, trajectories, rollouts)
         value, extra = objective.loss(params, state.objective_state, batch)
-        return value, (own, trajectories, rollouts, extra)
+        outside = variances.share_outside(log_ratios)
+        return value, (own, trajectories, rollouts, extra, outside)
 
     (value, aux), gradient = jax.value_and_grad(loss, has_aux=True)(state.params)
-    own, trajectories, rollouts, extra = aux
+    own, trajectories, rollouts, extra, outside = aux
     grad_norm = optax.tree.norm(gradient)
     good = jnp.isfinite(value) & jnp.isfinite(grad_norm)
     updates, opt_state = recipe.optimizer.update(
@@ -304,8 +306,10 @@ def step(
         "loss": value,
         "grad_norm": grad_norm,
         "skipped": bad,
+        "variance_alarm": outside,
         **_path_metrics(trajectories.log_weight, own),
         **{k: v for k, v in extra.items() if k != "cost"},
+        **behaviour.metrics(behaviour_state),
     }
     cost = total_cost([cost, extra.get("cost", Cost(0, 0))])
     return new, metrics, Cost(*(jnp.asarray(c, jnp.int32) for c in cost))
@@ -799,6 +803,8 @@ def _bar_text(metrics: dict[str, np.ndarray], state: TrainState) -> dict[str, st
     elbo = metrics["elbo"][np.isfinite(metrics["elbo"])]
     text = {"elbo": f"{elbo.mean():.3f}" if elbo.size else "-"}
     text["loss"] = f"{metrics['loss'][-1]:.3g}"
+    if metrics["variance_alarm"][-1] > 0:
+        text["variance_alarm"] = f"{metrics['variance_alarm'][-1]:.2g}"
     if int(state.num_skipped):
         text["skipped"] = str(int(state.num_skipped))
     return text

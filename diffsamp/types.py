@@ -280,6 +280,12 @@ def total_cost(costs: Sequence[Cost]) -> Cost:
     return Cost(sum(c.energy for c in costs), sum(c.gradient for c in costs))
 
 
+def no_metrics(state: PyTree) -> dict[str, Array]:
+    """`Behaviour.metrics` of behaviours that have nothing to report."""
+    del state
+    return {}
+
+
 class Behaviour(NamedTuple):
     """Where training paths come from, as pure functions.
 
@@ -289,9 +295,11 @@ class Behaviour(NamedTuple):
         update: ``(state, key, sampler, params, energy, trajectories, proposal, count)
             -> (state, Cost)``, after each optimiser step.
         provides: what the rows are.
+        metrics: ``state -> {name: []}``, what it reports after each update.
     """
 
     init: Callable[..., tuple[PyTree, Cost]]
     propose: Callable[..., Proposal]
     update: Callable[..., tuple[PyTree, Cost]]
     provides: Provides
+    metrics: Callable[..., dict[str, Array]] = no_metrics

@@ -65,6 +65,7 @@ def make_sampler(cell, dim):
         scale=cell.scale,
         schedule=ds.schedules.geometric(cell.smallest_scale),
         learn_generation_variance=True,
+        generation_bounds=ds.Bounds(log_variance=2.0),
     )
 
 

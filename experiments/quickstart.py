@@ -65,6 +65,7 @@ def train(key, target, particles, args):
         **ds.reference_from(particles.x).arguments,
         schedule=ds.schedules.geometric(0.05),
         network=ds.networks.free(learn_variance=True),
+        generation_bounds=ds.Bounds(log_variance=2.0),
     )
     seeded = ds.behaviours.reference_draws(particles.x)
     on_policy = ds.behaviours.on_policy()

@@ -30,6 +30,7 @@ SEED = 0
 RELAXED = {
     "test_behaviours.py": {"dtypes"},  # Optax, through fit
     "test_checkpoint.py": {"dtypes"},
+    "test_conditions.py": {"dtypes"},
     "test_docs.py": {"dtypes"},
     "test_drawing.py": {"dtypes"},
     "test_evaluation.py": {"dtypes", "ranks"},  # Optax and OTT

@@ -72,6 +72,7 @@ OBJECTIVES = {
     "log_variance": ds.objectives.log_variance,
     "trajectory_balance": ds.objectives.trajectory_balance,
     "forward_kl": ds.objectives.forward_kl,
+    "forward_kl_log_derivative": ds.objectives.forward_kl_log_derivative,
     "forward_kl_draws": lambda: ds.objectives.forward_kl(skewed_draws()),
     "sub_trajectory_balance": lambda: ds.objectives.sub_trajectory_balance(
         1.5, flow=small_flow(forward_looking=True)
@@ -98,8 +99,18 @@ BEHAVIOURS = {
     "on_policy": ds.behaviours.on_policy,
     "exploration": lambda: ds.behaviours.exploration(0.2),
     "replay": lambda: ds.behaviours.replay(capacity=256),
+    "replay_by_rank": lambda: ds.behaviours.replay(256, priority=ds.buffers.by_rank()),
+    "replay_by_weight": lambda: ds.behaviours.replay(
+        256, priority=ds.buffers.by_weight()
+    ),
+    "local_search": lambda: ds.behaviours.local_search(
+        256, every=2, num_chains=4, num_steps=6, num_burn_in=2
+    ),
     "reference_draws": lambda: ds.behaviours.reference_draws(skewed_draws()),
     "smc_seeded": lambda: ds.behaviours.smc_seeded(64, every=2, num_mcmc_steps=2),
+    "smc_pooled": lambda: ds.behaviours.smc_seeded(
+        64, every=2, num_mcmc_steps=2, num_runs=2
+    ),
     "mixture": lambda: ds.behaviours.mixture(
         (ds.behaviours.on_policy(), 0.5), (ds.behaviours.replay(256), 0.5)
     ),

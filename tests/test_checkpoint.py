@@ -257,6 +257,34 @@ def test_resume_ends_where_the_whole_run_ends(whole, halfway, tmp_path):
         assert getattr(result, name) == getattr(whole, name)
 
 
+def test_behaviours_with_buffers_resume_to_the_same_bits(tmp_path):
+    """Interrupted between two searches, with all that they have found on file."""
+    behaviours, buffers = ds.behaviours, ds.buffers
+    options = {"every": 3, "num_chains": 4, "num_steps": 4, "num_burn_in": 2}
+    search = behaviours.local_search(64, priority=buffers.by_weight(), **options)
+    other = behaviours.local_search(64, priority=buffers.by_weight(0.9), **options)
+    behaviour, another = (
+        behaviours.mixture((behaviours.on_policy(), 1), (member, 1))
+        for member in (search, other)
+    )
+    path = tmp_path / "run.ds"
+    options = {"behaviour": behaviour, "updates_per_chunk": 4}
+    uninterrupted = fit(12, **options)
+    stop = {"callback": lambda count, _: count == 4}
+    stopped = fit(12, checkpoint=path, **options, **stop)
+    assert int(stopped.state.count) == 4
+    resumed = fit(12, checkpoint=path, **options)
+    assert_same(resumed.state, uninterrupted.state)
+    assert_same(resumed.metrics, uninterrupted.metrics)
+    assert resumed.num_gradient_evaluations == uninterrupted.num_gradient_evaluations
+    state = resumed.state.behaviour_state[-1]
+    assert int(state.num_searches) == 4
+    assert int(state.searched.size) > int(
+        stopped.state.behaviour_state[-1].searched.size
+    )
+    _refused(path, "another configuration", behaviour=another)
+
+
 def test_resume_of_a_finished_run_returns_at_once(whole, tmp_path):
     path = tmp_path / "run.ds"
     fit(checkpoint=path)

@@ -48,9 +48,10 @@ MAY_IMPORT = {
     "behaviours": MACHINE | {"mcmc"},
     "standardise": LOW | {"mcmc"},
     "probes": MACHINE | {"mcmc"},
+    "variances": MACHINE,
     # training, drawing, judging
     "checkpoint": MACHINE | {"samplers"},
-    "training": METHODS | {"checkpoint", "diagnostics", "evidence"},
+    "training": METHODS | {"checkpoint", "diagnostics", "evidence", "variances"},
     "drawing": MACHINE | JUDGE | {"mcmc", "probes"},
     "evaluation": MACHINE | JUDGE | {"drawing", "probes"},
     "plotting": MACHINE | JUDGE | {"drawing", "training"},

@@ -6,10 +6,13 @@ import numpy as np
 import pytest
 from jax.scipy.stats import norm
 from jax.tree_util import Partial
+from tables import MEANS, STDS, WEIGHTS, counting_energy, sample_skewed
+from tables import skewed_energy as mixture_energy
 
 import diffsamp as ds
 from diffsamp.mcmc import (
     multistart,
+    run_chains,
     run_hmc,
     smc_from_gaussian,
     smc_from_prior,
@@ -217,6 +220,86 @@ def test_hmc_recovers_a_skewed_density():
     assert info.num_divergences.sum() < 20
 
 
+def _mixture_moments():
+    mean = WEIGHTS @ MEANS
+    second = WEIGHTS @ (STDS**2 + MEANS**2)
+    return mean, np.sqrt(second - mean**2)
+
+
+@pytest.mark.parametrize(
+    "num_integration_steps", [1, pytest.param(3, marks=pytest.mark.slow)]
+)
+def test_chains_leave_the_target_as_it_is(num_integration_steps):
+    """Exact draws of an asymmetric target stay so, and rates meet their target."""
+    starts = sample_skewed(jax.random.key(0), 2_000)
+    chains = run_chains(
+        jax.random.key(1),
+        mixture_energy,
+        starts,
+        scale=jnp.array([1.8, 1.5]),
+        step_size=0.05,
+        num_steps=40,
+        num_burn_in=30,
+        num_integration_steps=num_integration_steps,
+    )
+    x = np.asarray(chains.positions[-1])
+    mean, std = _mixture_moments()
+    error = std / np.sqrt(len(x))
+    assert np.all(np.abs(x.mean(0) - mean) < 4 * error)
+    assert np.all(np.abs(x.std(0) / std - 1) < 4 / np.sqrt(len(x)))
+    left = np.mean(x[:, 0] < 0.0), np.mean(np.asarray(starts)[:, 0] < 0.0)
+    assert abs(left[0] - left[1]) < 0.06
+    target = 0.574 if num_integration_steps == 1 else 0.651
+    assert float(chains.acceptance) == pytest.approx(target, abs=0.03)
+    assert float(chains.step_size) > 0.3
+    energies = jax.vmap(jax.vmap(mixture_energy))(chains.positions)
+    np.testing.assert_allclose(chains.energy, energies, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_units_of_chains_do_not_matter_and_keys_do():
+    centre, unit = jnp.array([3.0, -500.0]), jnp.array([1e-2, 1e3])
+
+    def scaled(x):
+        return mixture_energy((x - centre) / unit)
+
+    starts = sample_skewed(jax.random.key(0), 8)
+    options = {"num_steps": 6, "num_burn_in": 3}
+    plain = run_chains(jax.random.PRNGKey(1), mixture_energy, starts, **options)
+    typed = run_chains(jax.random.key(1), mixture_energy, starts, **options)
+    jax.tree.map(np.testing.assert_array_equal, plain, typed)
+    starts = centre[None] + unit[None] * starts
+    wide = run_chains(jax.random.key(1), scaled, starts, scale=unit, **options)
+    np.testing.assert_allclose(wide.step_size, plain.step_size, rtol=1e-3)
+    np.testing.assert_array_equal(wide.moved, plain.moved)
+    again = (wide.positions - centre[None, None]) / unit[None, None]
+    np.testing.assert_allclose(again, plain.positions, atol=1e-2)
+
+
+def test_gradients_of_chains_are_counted_and_dead_chains_stay():
+    energy, take = counting_energy(half_line_energy)
+    starts = jnp.array([[1.0, 0.0], [-1.0, 0.0], [jnp.nan, 0.0], [0.5, 2.0]])
+    options = {"num_steps": 12, "num_burn_in": 4, "num_integration_steps": 2}
+    chains = run_chains(jax.random.key(0), energy, starts, **options)
+    jax.block_until_ready(chains)
+    made = int(chains.num_gradient_evaluations)
+    assert take() == {"energy": 0, "gradient": made}
+    assert made == 4 * (12 * 2 + 1)
+    assert int(chains.num_running) == 2
+    assert chains.positions.shape == (8, 4, 2)
+    moved = np.asarray(chains.moved)
+    assert moved[:, [0, 3]].any()
+    assert not moved[:, [1, 2]].any()
+    np.testing.assert_array_equal(chains.positions[-1, 1], starts[1])
+    assert float(chains.acceptance) == pytest.approx(moved[:, [0, 3]].mean())
+    assert np.all(np.asarray(chains.positions[:, [0, 3], 0]) > 0)
+    # None runs: nothing is learned of the step size.
+    dead = run_chains(jax.random.key(0), energy, -jnp.abs(starts), **options)
+    assert float(dead.step_size) == pytest.approx(0.5)
+    assert float(dead.acceptance) == int(dead.num_running) == 0
+    assert not np.any(dead.moved)
+
+
 def test_multistart_finds_both_modes():
     starts = jnp.array([[-8.0, -50.0], [-2.5, 10.0], [6.0, 20.0], [9.0, 90.0]])
     optimum = Partial(gaussian_energy, jnp.array([1.0, 2.0]))
@@ -241,6 +324,10 @@ def test_wrong_arguments_are_explained(key):
         tempered_smc(key, reference_energy, x, reference_energy, num_mcmc_steps=0)
     with pytest.raises(ValueError, match="target_ess must be between 0 and 1"):
         tempered_smc(key, reference_energy, x, reference_energy, target_ess=1.5)
+    with pytest.raises(ValueError, match=r"num_burn_in .* got num_burn_in=9 and"):
+        run_chains(key, reference_energy, x, num_steps=9, num_burn_in=9)
+    with pytest.raises(ValueError, match="num_integration_steps must be at least 1"):
+        run_chains(key, reference_energy, x, num_integration_steps=0)
     with pytest.raises(ValueError, match="num_draws"):
         run_hmc(key, reference_energy, x, num_draws=0)
     with pytest.raises(ValueError, match="scalar"):

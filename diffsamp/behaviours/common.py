@@ -7,7 +7,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from diffsamp.types import Array, Cost, Energy, Key, Params, Path, Proposal, Request
+from diffsamp import buffers
+from diffsamp.types import (
+    Array,
+    Cost,
+    Energy,
+    Key,
+    Params,
+    Path,
+    Proposal,
+    Request,
+    Trajectory,
+)
 
 FREE = Cost(0, 0)
 
@@ -59,6 +70,50 @@ def proposal(
         return jnp.full(paths.energy.shape, flag)
 
     return Proposal(paths, rows(simulated), rows(on_policy), rows(target_draws))
+
+
+def empty_buffer(capacity: int, sampler: Any) -> buffers.Buffer:
+    """A buffer that keeps scores if the paths of this sampler carry them."""
+    return buffers.init(
+        capacity, sampler.dim, sampler.dim if sampler.needs_score else 0
+    )
+
+
+def store(
+    buffer: buffers.Buffer, trajectories: Trajectory, proposal: Proposal
+) -> buffers.Buffer:
+    """Adds the last states of the simulated rows."""
+    return buffers.add(
+        buffer,
+        trajectories.x,
+        trajectories.energy,
+        proposal.simulated,
+        score=proposal.paths.last_score,
+        log_weight=trajectories.log_weight,
+    )
+
+
+def stored_or_simulated(
+    buffer: buffers.Buffer,
+    priority: buffers.Priority,
+    key: Key,
+    sampler: Any,
+    params: Params,
+    energy: Energy,
+    request: Request,
+) -> Proposal:
+    """Paths into rows of a buffer; on-policy ones as long as it is empty."""
+    pick, walk = jax.random.split(key)
+
+    def stored():
+        x = buffers.sample(buffer, pick, num_rows(request), priority)
+        return proposal(trace_back(walk, sampler, params, energy, x))
+
+    def fresh():
+        paths = simulate(walk, sampler, params, energy, request)
+        return proposal(paths, simulated=True, on_policy=True)
+
+    return jax.lax.cond(buffer.size > 0, stored, fresh)
 
 
 def no_state(

@@ -96,6 +96,16 @@ def _mixture(*members: tuple[Behaviour, float]) -> Behaviour:
             [cost for _, cost in pairs]
         )
 
+    def metrics(states):
+        parts = [b.metrics(s) for b, s in zip(behaviours, states, strict=True)]
+        names = [name for part in parts for name in part]
+        if len(set(names)) < len(names):
+            parts = [
+                {f"{i}_{name}": value for name, value in part.items()}
+                for i, part in enumerate(parts)
+            ]
+        return {name: value for part in parts for name, value in part.items()}
+
     provides = Provides(
         simulated=any(b.provides.simulated for b in behaviours),
         on_policy=any(b.provides.on_policy for b in behaviours),
@@ -103,4 +113,4 @@ def _mixture(*members: tuple[Behaviour, float]) -> Behaviour:
         target_draws=any(b.provides.target_draws for b in behaviours),
         conditions=all(b.provides.conditions for b in behaviours),
     )
-    return Behaviour(init, propose, update, provides)
+    return Behaviour(init, propose, update, provides, metrics)

@@ -8,26 +8,32 @@ from __future__ import annotations
 
 import functools
 
-import jax
-
 from diffsamp import buffers
-from diffsamp.behaviours.common import FREE, num_rows, proposal, simulate, trace_back
+from diffsamp.behaviours.common import FREE, empty_buffer, store, stored_or_simulated
 from diffsamp.types import Behaviour, Provides
 
 
 @functools.cache
-def replay(capacity: int = 100_000) -> Behaviour:
+def replay(
+    capacity: int = 100_000, *, priority: buffers.Priority = buffers.uniform
+) -> Behaviour:
     """Paths into stored last states. To be mixed with a behaviour that simulates.
 
-    The buffer takes in every simulated row of the batch; rows with a non-finite state
-    or energy are refused. Until it holds anything, rows are simulated on-policy.
+    The buffer takes in every simulated row of the batch, with its energy, its score
+    where the sampler's networks are shown scores, and its log-weight; rows with a
+    number that is not finite are refused. Until it holds anything, rows are simulated
+    on-policy.
 
     Args:
         capacity: points kept, oldest out first; at least the batch size.
+        priority: which of them come up how often: ``buffers.uniform``,
+            ``buffers.by_rank()`` for low energies or ``buffers.by_weight()`` for large
+            importance weights. Rows from `exploration` have no exact weight: theirs
+            leaves the extra noise out.
 
     Raises:
-        ValueError: when capacity is below 1, and in training when it is below the
-            batch size.
+        ValueError: when capacity is below 1 or priority is no function, and in training
+            when capacity is below the batch size.
 
     Example:
         >>> import diffsamp as ds
@@ -37,30 +43,20 @@ def replay(capacity: int = 100_000) -> Behaviour:
     """
     if capacity < 1:
         raise ValueError(f"capacity must be at least 1, got {capacity}")
+    buffers.check_priority(priority)
 
     def init(key, sampler, params, energy):
         del key, params, energy
-        return buffers.init(capacity, sampler.dim), FREE
+        return empty_buffer(capacity, sampler), FREE
 
     def propose(buffer, key, sampler, params, energy, request, count):
         del count
-        pick, walk = jax.random.split(key)
-
-        def stored():
-            x = buffers.sample(buffer, pick, num_rows(request))
-            return proposal(trace_back(walk, sampler, params, energy, x))
-
-        def fresh():
-            paths = simulate(walk, sampler, params, energy, request)
-            return proposal(paths, simulated=True, on_policy=True)
-
-        return jax.lax.cond(buffer.size > 0, stored, fresh)
+        return stored_or_simulated(
+            buffer, priority, key, sampler, params, energy, request
+        )
 
     def update(buffer, key, sampler, params, energy, trajectories, proposal, count):
         del key, sampler, params, energy, count
-        buffer = buffers.add(
-            buffer, trajectories.x, trajectories.energy, proposal.simulated
-        )
-        return buffer, FREE
+        return store(buffer, trajectories, proposal), FREE
 
     return Behaviour(init, propose, update, Provides())

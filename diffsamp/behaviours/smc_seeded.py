@@ -3,6 +3,21 @@
 Adaptive tempered sequential Monte Carlo (BlackJAX) from the sampler's own reference, or
 from the target's prior, leaves particles in every mode that tempering can reach. They
 show the sampler where the mass is; the weights stay exact whatever SMC got wrong.
+
+Particles of several runs are pooled by importance. Run m with N equally weighted
+particles x_i and an estimate Z_m of the normaliser is properly weighted: for every g,
+E[Z_m mean_i g(x_i)] = Z E_π[g] (exactly so for a fixed ladder of temperatures), with
+one Z for all runs. So draws in proportion to Z_m tend to the target as runs are added,
+and a run that missed a mode, and with it a part of Z, counts for less. That is the
+priority Z_m W_i of reinforced SMC (arXiv 2510.11711), with all W_i = 1 / N; the
+sampler's own weighted paths are pooled the same way by
+``replay(priority=buffers.by_weight())``. Powers Z_m^λ with λ < 1 keep one lucky
+estimate from displacing all others; they still mix runs each of which is near the
+target.
+
+More rows for particles that the current sampler underweights, in proportion to powers
+of the weights of their paths, would be another choice; but such rows are no draws of
+the target any more, which `forward_kl` takes them for.
 """
 
 from __future__ import annotations
@@ -14,13 +29,18 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from diffsamp import mcmc
+from diffsamp import buffers, mcmc
 from diffsamp.behaviours.common import num_rows, proposal, trace_back
 from diffsamp.types import Array, Behaviour, Cost, Provides, Target
 
 
 class SMCSeededState(NamedTuple):
-    """Attributes: x: particles, [N, D]; log_weight: their log-weights, [N]."""
+    """The particles of R runs, the latest first.
+
+    Attributes:
+        x: particles, [R N, D]; zero where a run is yet to come.
+        log_weight: log of their run's estimate of Z, [R N]; minus infinity there.
+    """
 
     x: Array
     log_weight: Array
@@ -33,21 +53,28 @@ def smc_seeded(
     every: int | None = None,
     num_mcmc_steps: int = 10,
     prior: Target | None = None,
+    num_runs: int = 1,
+    min_ess: float = 0.5,
 ) -> Behaviour:
     """Paths into particles of tempered SMC, run before and during training.
 
     Args:
         num_particles: particles per run.
-        every: run again after this many updates, replacing the particles; None keeps
-            the first run's.
+        every: run again after this many updates, replacing the particles of the oldest
+            run; None keeps the first run's.
         num_mcmc_steps: BlackJAX HMC moves per temperature.
         prior: a target with ``sample_prior`` and ``log_prior`` to temper from its
             prior; by default SMC starts at the sampler's reference.
+        num_runs: runs whose particles are kept, drawn in proportion to Z_m^λ with Z_m
+            the run's estimate of Z.
+        min_ess: λ in [0, 1] is the largest that leaves so large an effective share of
+            the particles; the estimates are noisy themselves.
 
     Raises:
-        ValueError: when a number is below 1, or ``prior`` has no prior; at the start
-            of training when SMC did not reach the target. A later run that does not
-            reach it leaves the particles as they are.
+        ValueError: when a number is out of range, ``prior`` has no prior, or several
+            runs are kept without ``every``; at the start of training when SMC did not
+            reach the target. A later run that does not reach it leaves the particles as
+            they are.
 
     Example:
         >>> import diffsamp as ds
@@ -59,6 +86,12 @@ def smc_seeded(
             "num_particles must be at least 2, num_mcmc_steps and every at least 1, "
             f"got {num_particles}, {num_mcmc_steps} and {every}"
         )
+    if num_runs < 1 or (num_runs > 1 and every is None):
+        raise ValueError(
+            f"num_runs must be at least 1, and above that needs every, got {num_runs} "
+            f"and every={every}; pass the number of updates between two runs"
+        )
+    buffers.check_min_ess(min_ess)
     if prior is not None and (prior.sample_prior is None or prior.log_prior is None):
         raise ValueError(
             f"target {prior.name!r} has no prior to temper from (sample_prior and "
@@ -95,14 +128,24 @@ def smc_seeded(
                 "target; raise num_particles or num_mcmc_steps, or set the sampler's "
                 "loc and scale to the target's (ds.standardise finds them)"
             )
+        rest = (num_runs - 1) * num_particles
+        state = SMCSeededState(
+            x=jnp.pad(state.x, ((0, rest), (0, 0))),
+            log_weight=jnp.pad(state.log_weight, (0, rest), constant_values=-jnp.inf),
+        )
         return state, cost
+
+    def choose(key, log_weight, num):
+        if num_runs == 1:  # all weights are equal
+            return jax.random.categorical(key, log_weight, shape=(num,))
+        tempered = buffers.temper(log_weight, min_ess)
+        size = jnp.sum(log_weight > -jnp.inf)
+        return buffers.draw(key, jnp.exp(tempered - jnp.max(tempered)), num, size)
 
     def propose(state, key, sampler, params, energy, request, count):
         del count
         pick, walk = jax.random.split(key)
-        index = jax.random.categorical(
-            pick, state.log_weight, shape=(num_rows(request),)
-        )
+        index = choose(pick, state.log_weight, num_rows(request))
         paths = trace_back(walk, sampler, params, energy, state.x[index])
         return proposal(paths, target_draws=True)
 
@@ -114,6 +157,11 @@ def smc_seeded(
 
         def again():
             new, cost, result = run(key, sampler, energy)
+            new = jax.tree.map(
+                lambda a, b: jnp.concatenate([a, b[: len(b) - num_particles]]),
+                new,
+                state,
+            )
             keep = result.reached_target  # otherwise these are not target draws
             new = jax.tree.map(lambda a, b: jnp.where(keep, a, b), new, state)
             return new, Cost(*(jnp.asarray(c, jnp.int32) for c in cost))

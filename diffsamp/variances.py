@@ -1,0 +1,112 @@
+"""Do the variances of the two kernels fit together?
+
+In continuous time generation and destruction must have the same noise: with different
+ones the two laws of paths are singular and the weights' variance explodes as steps
+are added. With few steps and learned variances they may differ, but a ratio far from
+one at any step means that one kernel has collapsed or exploded, and that weights will
+have heavy tails. The check is a count; it changes nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from diffsamp.energies import as_energy, as_key
+from diffsamp.sampler import Sampler
+from diffsamp.types import Array, ArrayLike, Energy, Key, Params
+
+LIMIT = 100.0  # of the ratio and of its inverse
+LEVELS = (0.01, 0.25, 0.5, 0.75, 0.99)
+
+
+class VarianceRatios(NamedTuple):
+    """Generation variance over destruction variance on the sampler's own paths.
+
+    Attributes:
+        levels: quantile levels, [Q].
+        quantiles: of the ratio at every step, over paths and coordinates, [K, Q].
+        share_outside: share of paths, steps and coordinates with a ratio beyond 100 or
+            below 1/100.
+        alarm: what to do about it, or None where every ratio is within these limits.
+    """
+
+    levels: np.ndarray
+    quantiles: np.ndarray
+    share_outside: float
+    alarm: str | None
+
+
+def variance_ratios(
+    key: Key,
+    sampler: Sampler,
+    params: Params,
+    energy: Energy,
+    num_paths: int = 256,
+    *,
+    condition: ArrayLike | None = None,
+) -> VarianceRatios:
+    """Ratios of the kernels' variances, step by step.
+
+    Args:
+        key: random key; consumed.
+        sampler: the sampler.
+        params: its parameters.
+        energy: maps [D] to [].
+        num_paths: paths drawn.
+        condition: [condition_dim], where the sampler has one.
+
+    Raises:
+        ValueError: when num_paths is below 1.
+
+    Example:
+        The reference kernels of a variance preserving process have equal variances:
+
+        >>> import jax, diffsamp as ds
+        >>> sampler = ds.samplers.dis(dim=2, num_steps=4, scale=4.0)
+        >>> params = sampler.init(jax.random.key(0))
+        >>> energy = ds.targets.gmm9().energy
+        >>> report = ds.variance_ratios(jax.random.key(1), sampler, params, energy, 8)
+        >>> report.quantiles.round(3).tolist()[0], report.alarm
+        ([1.0, 1.0, 1.0, 1.0, 1.0], None)
+    """
+    if num_paths < 1:
+        raise ValueError(f"num_paths must be at least 1, got {num_paths}")
+    if condition is not None:
+        condition = jnp.asarray(condition, jax.dtypes.canonicalize_dtype(float))
+    log_ratio = _log_ratios(
+        sampler, num_paths, as_key(key), params, as_energy(energy), condition
+    )
+    log_ratio = np.asarray(log_ratio, np.float64)
+    quantiles = np.exp(np.quantile(log_ratio, LEVELS, axis=(0, 2))).T
+    outside = float(share_outside(jnp.asarray(log_ratio)))
+    alarm = None
+    if outside > 0:
+        step = int(np.argmax(np.mean(np.abs(log_ratio) > math.log(LIMIT), axis=(0, 2))))
+        median = math.exp(float(np.median(log_ratio[:, step])))
+        alarm = (
+            f"generation and destruction variances differ more than {LIMIT:.0f}-fold "
+            f"on {100 * outside:.2g} % of the paths' steps, most at step {step} of "
+            f"{sampler.num_steps} (median ratio {median:.3g}); narrow the Bounds or "
+            "lower the learning rate of the destruction kernel"
+        )
+    return VarianceRatios(np.array(LEVELS), quantiles, outside, alarm)
+
+
+def share_outside(log_ratio: Array) -> Array:
+    """Share of log-ratios that are beyond the limit on either side, []."""
+    return jnp.mean(jnp.abs(log_ratio) > math.log(LIMIT))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _log_ratios(sampler, num_paths, key, params, energy, condition):
+    def one(key):
+        path = sampler.simulate(params, key, energy, condition)
+        return sampler.score_with_variances(params, path, condition)[1]
+
+    return jax.vmap(one)(jax.random.split(key, num_paths))

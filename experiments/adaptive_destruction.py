@@ -1,0 +1,463 @@
+"""Few steps with learned generation and destruction: the grid, the ablations, a table.
+
+    python experiments/adaptive_destruction.py grid
+    python experiments/adaptive_destruction.py ablation
+    python experiments/adaptive_destruction.py table
+    python experiments/adaptive_destruction.py plot
+
+`grid` trains {1, 2, 5, 10, 20} steps x {fixed, generation variance learned, both
+kernels learned} x six targets, every cell with the same caps on energy evaluations and
+on seconds. `ablation` trains 5 steps with both kernels learned in every way that could
+go wrong. Both append one JSON line per run to --out and skip runs that are already there,
+so they can be stopped, started again, and split over processes by --targets or --seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+
+import jax
+import numpy as np
+import optax
+
+import diffsamp as ds
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "distrax", "blackjax", "numpyro")
+STEPS = (1, 2, 5, 10, 20)
+KERNELS = ("fixed", "generation", "both")
+WIDTH = 64
+NUM_PARTICLES = 2_048
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """A target with its reference, chosen on seeds from 100 on."""
+
+    target: str
+    scale: float
+    smallest_scale: float
+
+
+PROBLEMS = (
+    Problem("gmm25", 7.0, 0.08),
+    Problem("gmm40", 25.0, 0.04),
+    Problem("funnel_easy", 2.0, 0.05),
+    Problem("funnel_hard", 5.0, 0.03),
+    Problem("manywell", 1.6, 0.1),
+    Problem("distorted_manywell", 1.8, 0.1),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """How a sampler is trained; the axes of the ablation."""
+
+    objective: str = "jeffreys"
+    behaviour: str = "seeded"
+    shared_backbone: bool = False
+    destruction_rate: float = 1.0
+    frozen_updates: int = 0
+    log_variance_bound: float = 4.0
+    learning_rate: float = 2e-3
+
+
+ABLATION = {
+    "default": {},
+    "shared backbone": {"shared_backbone": True},
+    "destruction learns 10 times slower": {"destruction_rate": 0.1},
+    "destruction learns 3 times faster": {"destruction_rate": 3.0},
+    "destruction frozen for 500 updates": {"frozen_updates": 500},
+    "log-variance within 1": {"log_variance_bound": 1.0},
+    "log-variance within 10": {"log_variance_bound": 10.0},
+    "TB for both": {"objective": "tb"},
+    "LV for both": {"objective": "lv"},
+    "TB + TLM": {"objective": "tb_tlm"},
+    "TB with target copy + TLM": {"objective": "tb_copy_tlm"},
+    "TB + TLM, shared backbone": {"objective": "tb_tlm", "shared_backbone": True},
+    "TB + TLM, on-policy": {"objective": "tb_tlm", "behaviour": "on_policy"},
+    "TB + TLM, exploration": {"objective": "tb_tlm", "behaviour": "exploration"},
+    "TB + TLM, replay by rank": {"objective": "tb_tlm", "behaviour": "by_rank"},
+    "TB for both, on-policy": {"objective": "tb", "behaviour": "on_policy"},
+    "TB for both, replay by rank": {"objective": "tb", "behaviour": "by_rank"},
+    "reverse KL, on-policy": {"objective": "reverse_kl", "behaviour": "on_policy"},
+}
+
+
+def make_sampler(problem, dim, num_steps, kernels, setting):
+    networks = ds.networks
+    learn = kernels != "fixed"
+    destruction = None
+    if kernels == "both":
+        destruction = networks.free(WIDTH, learn_variance=True)
+    bounds = ds.Bounds(setting.log_variance_bound)
+    return ds.samplers.dis(
+        dim=dim,
+        num_steps=num_steps,
+        scale=problem.scale,
+        schedule=ds.schedules.geometric(problem.smallest_scale),
+        network=networks.annealed_score_guided(WIDTH, learn_variance=learn),
+        destruction_network=destruction,
+        backbone=networks.backbone(WIDTH) if setting.shared_backbone else None,
+        generation_bounds=bounds,
+        destruction_bounds=bounds,
+    )
+
+
+def make_objective(setting, learned_destruction):
+    o = ds.objectives
+    balance, likelihood = o.trajectory_balance(), o.trajectory_likelihood()
+    jeffreys = o.weighted_sum(
+        (o.reverse_kl_log_derivative(), 1.0), (o.forward_kl_log_derivative(), 1.0)
+    )
+    if setting.objective in ("tb_tlm", "tb_copy_tlm") and not learned_destruction:
+        return balance
+    objective = {
+        "jeffreys": lambda: jeffreys,
+        "tb": lambda: balance,
+        "lv": lambda: o.log_variance(),
+        "tb_tlm": lambda: o.weighted_sum(
+            (o.generation_only(balance), 1.0), (likelihood, 1.0)
+        ),
+        "tb_copy_tlm": lambda: o.weighted_sum(
+            (o.target_copy(balance, rate=0.05), 1.0), (likelihood, 1.0)
+        ),
+        "reverse_kl": lambda: o.reverse_kl_log_derivative(),
+    }[setting.objective]()
+    if setting.frozen_updates:
+        start = setting.frozen_updates
+        return o.gradient_scale(objective, destruction=lambda count: count >= start)
+    return objective
+
+
+def make_behaviour(setting):
+    b = ds.behaviours
+    on_policy = b.on_policy()
+    noise = optax.linear_schedule(0.2, 0.0, 2_000)
+    return {
+        "on_policy": lambda: on_policy,
+        "seeded": lambda: b.mixture(
+            (on_policy, 0.5), (b.smc_seeded(NUM_PARTICLES), 0.5)
+        ),
+        "exploration": lambda: b.mixture(
+            (on_policy, 0.5), (b.exploration(noise), 0.25), (b.replay(20_000), 0.25)
+        ),
+        "by_rank": lambda: b.mixture(
+            (on_policy, 0.5),
+            (b.exploration(noise), 0.25),
+            (b.replay(10_000, priority=ds.buffers.by_rank()), 0.25),
+        ),
+    }[setting.behaviour]()
+
+
+def train_and_evaluate(problem, num_steps, kernels, setting, seed, args):
+    """One run; a flat dict of numbers."""
+    target = ds.targets.by_name(problem.target)
+    sampler = make_sampler(problem, target.dim, num_steps, kernels, setting)
+    rate = setting.learning_rate
+    optimizer = optax.multi_transform(
+        {
+            "generation": optax.adam(rate),
+            "backbone": optax.adam(rate),
+            "destruction": optax.adam(rate * setting.destruction_rate),
+            "log_z": optax.adam(rate),
+        },
+        ds.param_labels,
+    )
+    key = jax.random.key(seed)
+    diverged = None
+    try:
+        fit = ds.fit(
+            jax.random.fold_in(key, 0),
+            sampler,
+            make_objective(setting, kernels == "both"),
+            target.energy,
+            behaviour=make_behaviour(setting),
+            optimizer=optimizer,
+            anneal=ds.schedules.cosine_anneal,
+            batch_size=args.batch_size,
+            max_seconds=args.seconds,
+            max_energy_evaluations=args.energy_evaluations,
+            progress_bar=False,
+        )
+    except (ds.TrainingDiverged, ValueError) as error:
+        return {"diverged": True, "error": str(error)[:300]}
+    result = ds.evaluate(
+        jax.random.fold_in(key, 1),
+        sampler,
+        fit.params,
+        target,
+        num_draws=args.num_draws,
+        sinkhorn=False,
+    )
+    names = ("elbo", "eubo", "log_z_error", "log_z_standard_error", "elbo_gap")
+    names += ("eubo_gap", "ess", "forward_ess", "pareto_k", "verdict", "w2")
+    names += ("w2_floor", "w2_unweighted", "mode_tv", "mode_tv_unweighted")
+    names += ("mode_tv_floor",)
+    found = {name: result[name] for name in names if name in result}
+    draws = ds.draw(
+        jax.random.fold_in(key, 2), sampler, fit.params, target.energy, args.num_draws
+    )
+    if "manywell" in problem.target:
+        found["mode_tv_unweighted"] = wells_error(draws.x, None)
+        found["mode_tv"] = wells_error(draws.x, draws.log_weight)
+    ratios = ds.variance_ratios(
+        jax.random.fold_in(key, 3), sampler, fit.params, target.energy
+    )
+    diverged = not np.isfinite(found["elbo"]) or fit.num_skipped > 0
+    return {
+        **found,
+        "gap": found["eubo"] - found["elbo"],
+        "diverged": bool(diverged),
+        "variance_ratio_low": ratios.quantiles[:, 0].tolist(),
+        "variance_ratio_high": ratios.quantiles[:, -1].tolist(),
+        "variance_share_outside": ratios.share_outside,
+        "num_updates": len(fit.metrics["loss"]),
+        "num_skipped": fit.num_skipped,
+        "energy_evaluations": fit.num_energy_evaluations + fit.num_gradient_evaluations,
+        "network_evaluations": fit.num_network_evaluations,
+        "seconds": fit.seconds - fit.compile_seconds,
+        "compile_seconds": fit.compile_seconds,
+        "stopped_by": fit.stopped_by,
+    }
+
+
+def wells_error(x, log_weight):
+    """Error of the share of the right well, the mean over the wells of a many-well."""
+    share = float(ds.targets.manywell(2).modes.weights[1])
+    weights = np.ones(len(x))
+    if log_weight is not None:
+        weights = np.exp(log_weight - np.max(log_weight))
+    right = weights @ (np.asarray(x)[:, 0::2] > 0) / weights.sum()
+    return float(np.mean(np.abs(right - share)))
+
+
+def grid(args):
+    cells = [
+        (problem, num_steps, kernels, "grid", Setting())
+        for problem in PROBLEMS
+        for num_steps in STEPS
+        for kernels in KERNELS
+        if problem.target in args.targets and num_steps in args.num_steps
+    ]
+    run(cells, args)
+
+
+def ablation(args):
+    cells = [
+        (problem, 5, "both", name, Setting(**change))
+        for problem in PROBLEMS
+        for name, change in ABLATION.items()
+        if problem.target in args.targets
+    ]
+    run(cells, args)
+
+
+def run(cells, args):
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    for seed in args.seeds:
+        for problem, num_steps, kernels, name, setting in cells:
+            cell = {
+                "name": name,
+                "target": problem.target,
+                "num_steps": num_steps,
+                "kernels": kernels,
+                "seed": seed,
+            }
+            done = [{k: row[k] for k in cell} for row in read(args.out)]
+            if cell in done:
+                continue
+            found = train_and_evaluate(problem, num_steps, kernels, setting, seed, args)
+            row = {
+                **cell,
+                **dataclasses.asdict(setting),
+                "batch_size": args.batch_size,
+                "num_draws": args.num_draws,
+                "max_seconds": args.seconds,
+                "max_energy_evaluations": args.energy_evaluations,
+                **found,
+                **environment(),
+            }
+            with open(args.out, "a") as file:
+                file.write(json.dumps(row, default=float) + "\n")
+            brief = {k: found.get(k) for k in ("elbo_gap", "gap", "mode_tv", "error")}
+            print(*cell.values(), brief, flush=True)
+
+
+def environment():
+    return {
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "python": platform.python_version(),
+        "device": f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores",
+    }
+
+
+def read(path):
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+COLUMNS = (
+    ("EUBO - ELBO", "gap", "{:.3f}", float),
+    ("ELBO gap", "elbo_gap", "{:.3f}", float),
+    ("log Z error", "log_z_error", "{:+.3f}", abs),
+    ("ESS", "ess", "{:.2f}", lambda v: -v),
+    ("mode error", "mode_tv", "{:.3f}", float),
+    ("unweighted", "mode_tv_unweighted", "{:.3f}", float),
+    ("W2", "w2", "{:.2f}", float),
+    ("its floor", "w2_floor", "{:.2f}", float),
+    ("updates", "num_updates", "{:.0f}", float),
+    ("seconds", "seconds", "{:.0f}", float),
+    ("energies", "energy_evaluations", "{:.1e}", float),
+    ("network calls", "network_evaluations", "{:.1e}", float),
+)
+
+
+def table(args):
+    rows = [row for path in args.files for row in read(path)]
+    rows.sort(key=lambda row: row["seed"])
+    order = [(p.target, k, n) for p in PROBLEMS for k in STEPS for n in KERNELS]
+    heads = " | ".join(column[0] for column in COLUMNS)
+    lines = [f"| target | steps | learned | runs | {heads} |"]
+    lines.append("| --- " * (len(COLUMNS) + 4) + "|")
+    for target, num_steps, kernels in order:
+        cell = ("grid", target, num_steps, kernels)
+        own = [r for r in rows if _cell_of(r) == cell]
+        lines += _line([target, str(num_steps), kernels], own)
+    print("\n".join(lines))
+    lines = [f"| target | 5 steps, both kernels | runs | {heads} |"]
+    lines.append("| --- " * (len(COLUMNS) + 3) + "|")
+    for problem in PROBLEMS:
+        for name in ABLATION:
+            cell = (name, problem.target, 5, "both")
+            own = [r for r in rows if _cell_of(r) == cell]
+            lines += _line([problem.target, name], own)
+    print("\n" + "\n".join(lines))
+    print("\n" + claim(rows))
+    if rows:
+        first = rows[0]
+        versions = ", ".join(f"{k} {v}" for k, v in first["versions"].items())
+        print(
+            f"\nMean (worst) over seeds; batch {first['batch_size']}, at most "
+            f"{first['max_energy_evaluations']:,} energy evaluations and "
+            f"{first['max_seconds']:.0f} s of updates; {first['num_draws']:,} draws; "
+            f"{first['device']}, Python {first['python']}, {versions}."
+        )
+
+
+def claim(rows):
+    """Does T = 5 with both kernels learned beat T = 20 fixed?"""
+    lines = ["| target | gap, 20 fixed | gap, 5 both | mode error, 20 | 5 | holds |"]
+    lines.append("| --- " * 6 + "|")
+    for problem in PROBLEMS:
+        fixed, both = (
+            [r for r in rows if _cell_of(r) == ("grid", problem.target, *cell)]
+            for cell in ((20, "fixed"), (5, "both"))
+        )
+        if not (fixed and both):
+            continue
+        gaps = [np.mean([r.get("gap", np.inf) for r in own]) for own in (fixed, both)]
+        modes = [
+            np.mean([r.get("mode_tv_unweighted", np.nan) for r in own])
+            for own in (fixed, both)
+        ]
+        no_worse = np.isnan(modes[1]) or modes[1] <= modes[0]
+        verdict = "yes" if gaps[1] < gaps[0] and no_worse else "no"
+        numbers = " | ".join(f"{v:.3f}" for v in (*gaps, *modes))
+        lines.append(f"| {problem.target} | {numbers} | {verdict} |")
+    return "\n".join(lines)
+
+
+def _cell_of(row):
+    return row["name"], row["target"], row["num_steps"], row["kernels"]
+
+
+def _line(labels, own):
+    if not own:
+        return []
+    fine = [r for r in own if "gap" in r]
+    bad = sum(r["diverged"] for r in own)
+    runs = f"{len(own)}" + (f", {bad} diverged" if bad else "")
+    cells = [summarise(fine, *column[1:]) for column in COLUMNS]
+    return ["| " + " | ".join([*labels, runs, *cells]) + " |"]
+
+
+def summarise(rows, name, form, badness):
+    values = [r[name] for r in rows if r.get(name) is not None]
+    if not values:
+        return "-"
+    mean = form.format(float(np.mean(values)))
+    return f"{mean} ({form.format(max(values, key=badness))})"
+
+
+def plot(args):
+    """EUBO - ELBO against the number of steps, one panel per target."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = [row for path in args.files for row in read(path)]
+    figure, axes = plt.subplots(2, 3, figsize=(10, 6), sharex=True)
+    for axis, problem in zip(axes.flat, PROBLEMS, strict=True):
+        for kernels in KERNELS:
+            points = []
+            for num_steps in STEPS:
+                cell = ("grid", problem.target, num_steps, kernels)
+                gaps = [r["gap"] for r in rows if _cell_of(r) == cell and "gap" in r]
+                if gaps:
+                    points.append((num_steps, np.mean(gaps), min(gaps), max(gaps)))
+            if points:
+                steps, mean, low, high = np.array(points).T
+                axis.plot(steps, mean, marker="o", label=kernels)
+                axis.fill_between(steps, low, high, alpha=0.2)
+        axis.set(title=problem.target, xscale="log", yscale="log")
+        axis.set_xticks(STEPS, [str(k) for k in STEPS])
+    axes[0, 0].set_ylabel("EUBO - ELBO (nats)")
+    axes[1, 0].set_ylabel("EUBO - ELBO (nats)")
+    for axis in axes[1]:
+        axis.set_xlabel("steps")
+    axes[0, 0].legend(title="learned")
+    figure.tight_layout()
+    figure.savefig(args.figure, dpi=150)
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    default = pathlib.Path("outputs/adaptive_destruction.jsonl")
+    names = [problem.target for problem in PROBLEMS]
+    commands = parser.add_subparsers(required=True)
+    for name, do, targets in (("grid", grid, names), ("ablation", ablation, names[:1])):
+        runner = commands.add_parser(name)
+        runner.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+        runner.add_argument("--targets", nargs="+", choices=names, default=targets)
+        runner.add_argument(
+            "--num-steps", type=int, nargs="+", choices=STEPS, default=STEPS
+        )
+        runner.add_argument("--batch-size", type=int, default=256)
+        runner.add_argument("--seconds", type=float, default=90.0)
+        runner.add_argument("--energy-evaluations", type=int, default=20_000_000)
+        runner.add_argument("--num-draws", type=int, default=2_000)
+        runner.add_argument("--out", type=pathlib.Path, default=default)
+        runner.set_defaults(do=do)
+    printer = commands.add_parser("table")
+    printer.add_argument("files", type=pathlib.Path, nargs="*", default=[default])
+    printer.set_defaults(do=table)
+    plotter = commands.add_parser("plot")
+    plotter.add_argument("files", type=pathlib.Path, nargs="*", default=[default])
+    plotter.add_argument("--figure", type=pathlib.Path, default="outputs/adaptive.png")
+    plotter.set_defaults(do=plot)
+    args = parser.parse_args()
+    args.do(args)
+
+
+if __name__ == "__main__":
+    main()
