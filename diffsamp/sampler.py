@@ -391,10 +391,13 @@ class Sampler:
         return trajectory, self._log_variance_ratio(*stds)
 
     def _log_variance_ratio(self, generation: Array, destruction: Array) -> Array:
+        shape = (self.num_steps, self.dim)  # a std that is not learned has none
+        generation, destruction = (
+            jnp.broadcast_to(std.reshape(self.num_steps, -1), shape)
+            for std in (generation, destruction)
+        )
         safe = jnp.where(destruction > 0, destruction, generation)
-        log_ratio = 2 * (jnp.log(generation) - jnp.log(safe))
-        log_ratio = log_ratio.reshape(self.num_steps, -1)
-        return jnp.broadcast_to(log_ratio, (self.num_steps, self.dim))
+        return 2 * (jnp.log(generation) - jnp.log(safe))
 
     def final(
         self, params: Params, key: Key, energy: Energy, condition: Array | None = None

@@ -246,6 +246,7 @@ def step(
             key=for_loss,
             sampler=sampler,
             energy=energy,
+            anchor=own.anchor,
         )
 
     def loss(params):
@@ -592,6 +593,9 @@ class _Progress:
         self.price = price = recipe.sampler.evaluations_per_path
         if recipe.objective.requires.simulation_gradient:  # energies are differentiated
             price = Evaluations(0, price.energy + price.gradient, price.network)
+        self.network_passes = 2  # to simulate or trace back, and to score
+        if recipe.behaviour.provides.anchor:  # only to score; its paths are stored
+            price, self.network_passes = Evaluations(0, 0, price.network), 1
         self.training_price = price
         self.batch_size = recipe.batch_size
         self.num_energy = self.num_gradient = self.num_network = 0
@@ -611,7 +615,7 @@ class _Progress:
     def updates_within(self, budget: int) -> int:
         price = self.training_price
         per_update = self.batch_size * (price.energy + price.gradient)
-        return max(1, (budget - self.num_evaluations) // per_update)
+        return max(1, (budget - self.num_evaluations) // max(per_update, 1))
 
     def add_pilot(self, paths: int) -> None:
         self.num_energy += paths * self.price.energy
@@ -627,7 +631,7 @@ class _Progress:
         self.add_cost(cost)
         self.num_energy += paths * self.training_price.energy
         self.num_gradient += paths * self.training_price.gradient
-        self.num_network += 2 * paths * self.training_price.network
+        self.num_network += self.network_passes * paths * self.training_price.network
         self._history.append(metrics)
 
     def write(self, path, recipe: Recipe, state: TrainState) -> None:
@@ -849,6 +853,10 @@ def _check_parts(sampler, objective, behaviour, batch_size) -> None:
         raise ValueError(
             "this behaviour only repeats what another one found; combine it: "
             "behaviours.mixture((on_policy(), 0.5), (replay(), 0.5))"
+        )
+    if requires.anchor and not provides.anchor:
+        raise ValueError(
+            "this objective fits a trust region; use behaviours.trust_region() alone"
         )
     if sampler.condition_dim and not provides.conditions:
         raise ValueError(

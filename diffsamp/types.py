@@ -158,12 +158,27 @@ class Requirements(NamedTuple):
         on_policy: at least some on-policy rows.
         target_draws: at least some rows that end in draws from the target.
         pilot: draws of the untrained sampler, for its `init`.
+        anchor: rows that know the sampler of their round.
     """
 
     simulation_gradient: bool = False
     on_policy: bool = False
     target_draws: bool = False
     pilot: bool = False
+    anchor: bool = False
+
+
+class Anchor(NamedTuple):
+    """What rows of a trust region know of the sampler that made them.
+
+    Attributes:
+        log_generation: log-density of the path under that sampler's generation, [B].
+        log_tilt: log of what this density is to be multiplied with, up to a constant:
+            a tempered log-weight, [B].
+    """
+
+    log_generation: Array
+    log_tilt: Array
 
 
 class Batch(NamedTuple):
@@ -182,6 +197,7 @@ class Batch(NamedTuple):
         key: random key of this update.
         sampler: the sampler.
         energy: the energy.
+        anchor: from behaviours that provide it, or None.
     """
 
     trajectories: Trajectory
@@ -195,6 +211,7 @@ class Batch(NamedTuple):
     key: Key
     sampler: Any
     energy: Energy
+    anchor: Anchor | None = None
 
 
 class Objective(NamedTuple):
@@ -237,12 +254,14 @@ class Proposal(NamedTuple):
         simulated: rows whose last state is new, not taken from a store, [B].
         on_policy: rows drawn from the current generation process, [B].
         target_draws: rows traced back from (approximate) target draws, [B].
+        anchor: what the rows know of the sampler that made them, or None.
     """
 
     paths: Path
     simulated: Array
     on_policy: Array
     target_draws: Array
+    anchor: Anchor | None = None
 
 
 class Provides(NamedTuple):
@@ -254,6 +273,8 @@ class Provides(NamedTuple):
         only_on_policy: all rows are.
         target_draws: some rows end in (approximate) target draws.
         conditions: rows can be had under any condition.
+        anchor: all rows are stored paths that know the sampler of their round;
+            proposing them evaluates nothing.
     """
 
     simulated: bool = False
@@ -261,6 +282,7 @@ class Provides(NamedTuple):
     only_on_policy: bool = False
     target_draws: bool = False
     conditions: bool = False
+    anchor: bool = False
 
 
 class Cost(NamedTuple):

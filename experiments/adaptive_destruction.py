@@ -8,8 +8,9 @@
 `grid` trains {1, 2, 5, 10, 20} steps x {fixed, generation variance learned, both
 kernels learned} x six targets, every cell with the same caps on energy evaluations and
 on seconds. `ablation` trains 5 steps with both kernels learned in every way that could
-go wrong. Both append one JSON line per run to --out and skip runs that are already there,
-so they can be stopped, started again, and split over processes by --targets or --seeds.
+go wrong. Both append one JSON line per run to --out and skip runs that are already
+there, so they can be stopped, started again, and split over processes by --targets or
+--seeds.
 """
 
 from __future__ import annotations
@@ -170,7 +171,6 @@ def train_and_evaluate(problem, num_steps, kernels, setting, seed, args):
         ds.param_labels,
     )
     key = jax.random.key(seed)
-    diverged = None
     try:
         fit = ds.fit(
             jax.random.fold_in(key, 0),
@@ -185,7 +185,7 @@ def train_and_evaluate(problem, num_steps, kernels, setting, seed, args):
             max_energy_evaluations=args.energy_evaluations,
             progress_bar=False,
         )
-    except (ds.TrainingDiverged, ValueError) as error:
+    except ds.TrainingDiverged as error:
         return {"diverged": True, "error": str(error)[:300]}
     result = ds.evaluate(
         jax.random.fold_in(key, 1),

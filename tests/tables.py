@@ -87,6 +87,7 @@ OBJECTIVES = {
         (ds.objectives.generation_only(ds.objectives.trajectory_balance()), 1.0),
         (ds.objectives.trajectory_likelihood(), 1.0),
     ),
+    "trust_region_log_variance": ds.objectives.trust_region_log_variance,
     "weighted_sum": lambda: ds.objectives.weighted_sum(
         (ds.objectives.log_variance(), 0.5), (ds.objectives.trajectory_balance(), 0.5)
     ),
@@ -111,6 +112,7 @@ BEHAVIOURS = {
     "smc_pooled": lambda: ds.behaviours.smc_seeded(
         64, every=2, num_mcmc_steps=2, num_runs=2
     ),
+    "trust_region": lambda: ds.behaviours.trust_region(64, every=2),
     "mixture": lambda: ds.behaviours.mixture(
         (ds.behaviours.on_policy(), 0.5), (ds.behaviours.replay(256), 0.5)
     ),

@@ -4,6 +4,7 @@
 behind ``slow``.
 """
 
+import dataclasses
 import importlib.util
 import json
 import pathlib
@@ -160,6 +161,73 @@ def test_cells_that_are_there_are_not_run_again(tmp_path, arguments, monkeypatch
     assert [row["seed"] for row in benchmark.read(out)] == [7, 7, 7]
 
 
+def _amortised_row(seed, kernels, num_steps, ess):
+    script = _script("amortised")
+    images = {name: [1.0, 1.0] for _, name, *_ in script.COLUMNS} | {"ess": ess}
+    means = {name: float(np.mean(values)) for name, values in images.items()}
+    return {
+        **{"seed": seed, "kernels": kernels, "num_steps": num_steps, **means},
+        **{"images": images, "draw_seconds": 0.5, "num_draws": 10, "num_images": 2},
+        **{"nuts_rhat": [1.0, 1.25], "nuts_ess": [70.0, 80.0], "nuts_seconds": 3.0},
+        **{"reference_standard_error": [0.01, 0.02], "nuts_gradient_evaluations": 4e3},
+        **{"num_chains": 4, "num_nuts_draws": 50, "device": "cpu", "python": "3"},
+        "versions": {"jax": "1.2.3"},
+    }
+
+
+def test_table_of_amortised_sampling(tmp_path, arguments, capsys):
+    out = tmp_path / "rows.jsonl"
+    rows = [
+        _amortised_row(1, "generation", 5, [0.25, 0.75]),
+        _amortised_row(0, "generation", 5, [0.5, 1.0]),
+        _amortised_row(0, "encoder", 0, [0.125, 0.375]),
+    ]
+    out.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments("table", out)
+    _script("amortised").main()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2].startswith("| encoder | - | 0 | +1.000 (+1.000; +1.000) |")
+    assert lines[3].startswith("| generation | 5 | 0, 1 |")
+    assert "| 0.62 (0.50; 0.25) |" in lines[3]
+    assert len({line.count("|") for line in lines[:4]}) == 1
+    assert lines[8] == "| generation | 5 | 0, 1 | - | - | - | 0.500 | - |"
+    assert "R-hat at most 1.250" in lines[-1]
+    arguments("table", tmp_path / "none.jsonl")
+    with pytest.raises(SystemExit, match=r"no rows in .*none\.jsonl"):
+        _script("amortised").main()
+
+
+def test_amortised_cells_that_are_there_are_not_run_again(
+    tmp_path, arguments, monkeypatch
+):
+    script, ran = _script("amortised"), []
+    family = script.Family(*[None] * 6, numbers={})
+
+    def fake(*cell):
+        ran.append(cell[:-1])
+        return {"ess": 0.5}
+
+    monkeypatch.setattr(script, "make_family", lambda seed: family)
+    monkeypatch.setattr(script, "run_sampler", fake)
+    monkeypatch.setattr(script, "run_encoder", fake)
+    monkeypatch.setattr(script, "environment", dict)
+    out = tmp_path / "rows.jsonl"
+    for steps in ((5,), (5, 20)):
+        arguments(
+            "run",
+            *("--seeds", 3, "--kernels", "generation", "--out", out),
+            *("--num-steps", *steps),
+        )
+        script.main()
+    assert ran == [(3,), (3, 5, "generation"), (3, 20, "generation")]
+
+
+def test_digits_without_scikit_learn(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    with pytest.raises(SystemExit, match=r"pip install 'diffsamp\[experiments\]'"):
+        _script("amortised").load_digits(0)
+
+
 @pytest.mark.slow
 def test_a_small_quickstart(quickstart, tmp_path, arguments, capsys):
     arguments(
@@ -195,3 +263,28 @@ def test_a_small_benchmark(tmp_path, arguments, monkeypatch):
         assert row["w2_ratio"] > 0
         assert row["sinkhorn_ratio"] > 0
     assert rows[0]["elbo_gap"] > 0
+
+
+@pytest.mark.slow
+def test_a_small_amortised_run(tmp_path, arguments, monkeypatch, capsys):
+    pytest.importorskip("sklearn")
+    script = _script("amortised")
+    small = {"latent_dim": 2, "decoder_width": 8, "vae_updates": 300, "width": 8}
+    small |= {"num_updates": 3, "batch_size": 16, "num_images": 2, "num_draws": 64}
+    small |= {"num_points": 50, "num_particles": 64, "num_warmup": 50}
+    small |= {"num_nuts_draws": 100, "num_proposals": 256}
+    setting = dataclasses.replace(script.Setting(), **small)
+    monkeypatch.setattr(script, "SETTING", setting)
+    out = tmp_path / "rows.jsonl"
+    arguments("run", "--seeds", 0, "--num-steps", 5, "--out", out)
+    script.main()
+    rows = script.read(out)
+    assert [r["kernels"] for r in rows] == ["encoder", "generation", "both"]
+    for row in rows:
+        assert row["elbo_gap"] > 0
+        assert len(row["images"]["ess"]) == 2
+        assert row["w2_ratio"] > 0
+    capsys.readouterr()
+    arguments("table", out)
+    script.main()
+    assert "| both | 5 | 0 |" in capsys.readouterr().out

@@ -182,6 +182,7 @@ def test_progress_bar_is_silent_on_ci(monkeypatch, capsys):
 
 def test_metrics_of_every_update(base):
     expected = {"loss", "grad_norm", "skipped", "elbo", "ess", "num_nonfinite"}
+    expected |= {"variance_alarm"}
     assert set(base.metrics) == expected
     for values in base.metrics.values():
         assert isinstance(values, np.ndarray)

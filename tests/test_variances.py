@@ -30,6 +30,21 @@ def sampler_with(generation, destruction, **options):
     )
 
 
+@pytest.mark.parametrize(
+    ("generation", "destruction"),
+    [("both", "drift"), ("drift", "both"), ("drift",) * 2],
+)
+def test_variances_that_are_not_learned(generation, destruction):
+    """A network may leave the variance to the reference."""
+    log_variance = {"both": [1.0, -0.5], "drift": []}
+    sampler = sampler_with(log_variance[generation], log_variance[destruction], **WIDE)
+    report = report_of(sampler)
+    factor = np.exp(20 * np.tanh(0.5 / 20))
+    largest = {"both": np.exp(20 * np.tanh(1 / 20)), "drift": 1.0}[generation]
+    largest *= {"both": factor, "drift": 1.0}[destruction]
+    assert report.quantiles[1, -1] == pytest.approx(2.0 * largest, rel=0.03)
+
+
 WIDE = {
     "generation_bounds": ds.Bounds(20.0),
     "destruction_bounds": ds.Bounds(20.0),

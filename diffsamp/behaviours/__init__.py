@@ -7,6 +7,7 @@ from diffsamp.behaviours.on_policy import on_policy as on_policy
 from diffsamp.behaviours.reference_draws import reference_draws as reference_draws
 from diffsamp.behaviours.replay import replay as replay
 from diffsamp.behaviours.smc_seeded import smc_seeded as smc_seeded
+from diffsamp.behaviours.trust_region import trust_region as trust_region
 
 __all__ = [
     "exploration",
@@ -16,4 +17,5 @@ __all__ = [
     "reference_draws",
     "replay",
     "smc_seeded",
+    "trust_region",
 ]

@@ -49,6 +49,11 @@ def _checked(member):
 @functools.cache
 def _mixture(*members: tuple[Behaviour, float]) -> Behaviour:
     behaviours = [behaviour for behaviour, _ in members]
+    if any(b.provides.anchor for b in behaviours):
+        raise ValueError(
+            "behaviours.trust_region() cannot be mixed: its objective fits the paths "
+            "of one sampler; use it alone"
+        )
     shares = np.array([share for _, share in members], np.float64)
     shares /= shares.sum()
 

@@ -24,6 +24,9 @@ from diffsamp.objectives.trajectory_balance import (
 from diffsamp.objectives.trajectory_likelihood import (
     trajectory_likelihood as trajectory_likelihood,
 )
+from diffsamp.objectives.trust_region_log_variance import (
+    trust_region_log_variance as trust_region_log_variance,
+)
 from diffsamp.objectives.weighted_sum import weighted_sum as weighted_sum
 
 __all__ = [
@@ -41,5 +44,6 @@ __all__ = [
     "target_copy",
     "trajectory_balance",
     "trajectory_likelihood",
+    "trust_region_log_variance",
     "weighted_sum",
 ]

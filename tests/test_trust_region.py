@@ -1,0 +1,171 @@
+"""Trust region: the tempering, the loss of a round, what a round keeps, its cost."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.optimize
+from tables import SAMPLERS, counting_energy, perturbed, rows_of, skewed_energy
+
+import diffsamp as ds
+from diffsamp.behaviours.trust_region import largest_exponent
+
+KEY = jax.random.key(0)
+SAMPLER = SAMPLERS["dis_free"]()
+
+
+def divergence(exponent, log_weight):
+    weight = np.exp(exponent * (log_weight - log_weight.max()))
+    share = weight / weight.sum()
+    return float(np.sum(share * np.log(np.maximum(len(share) * share, 1e-300))))
+
+
+@pytest.mark.parametrize("budget", [0.05, 0.5, 2.0])
+def test_the_largest_exponent_within_the_budget(x64, budget):
+    log_weight = 3 * np.random.default_rng(0).standard_normal(500) - 40.0
+    exponent, found = largest_exponent(jnp.asarray(log_weight), budget)
+    root = scipy.optimize.brentq(
+        lambda e: divergence(e, log_weight) - budget, 1e-6, 1.0
+    )
+    assert float(exponent) == pytest.approx(root, rel=1e-8)
+    assert float(found) == pytest.approx(budget, rel=1e-8)
+    bad = np.concatenate([log_weight, [np.nan, -np.inf, np.inf]])
+    again, _ = largest_exponent(jnp.asarray(bad), budget)
+    assert float(again) == pytest.approx(root, rel=1e-8)
+
+
+def test_nothing_is_tempered_that_fits_the_budget(x64):
+    log_weight = 0.1 * np.random.default_rng(0).standard_normal(500)
+    exponent, found = largest_exponent(jnp.asarray(log_weight), 0.5)
+    assert float(exponent) == 1.0
+    assert float(found) == pytest.approx(divergence(1.0, log_weight))
+
+
+def proposed(behaviour, state, params, count, size=32):
+    energy = skewed_energy
+    return behaviour.propose(
+        state, KEY, SAMPLER, params, energy, rows_of(size), jnp.asarray(count)
+    )
+
+
+def batch_of(own, params):
+    score = jax.vmap(lambda path: SAMPLER.score_path(params, path))
+    return ds.Batch(
+        trajectories=score(own.paths),
+        rollouts=None,
+        paths=own.paths,
+        on_policy=own.on_policy,
+        target_draws=own.target_draws,
+        count=jnp.asarray(0),
+        key=KEY,
+        sampler=SAMPLER,
+        energy=skewed_energy,
+        anchor=own.anchor,
+        **rows_of(len(own.on_policy))._asdict(),
+    )
+
+
+def test_the_loss_of_a_round(x64):
+    """At its start the gradient is eta times log-variance's; later by hand."""
+    params = perturbed(SAMPLER.init(KEY), 0.2)
+    behaviour = ds.behaviours.trust_region(64, max_divergence=0.05)
+    objective = ds.objectives.trust_region_log_variance()
+    state, _ = behaviour.init(KEY, SAMPLER, params, skewed_energy)
+    assert 0 < float(state.exponent) < 1
+    own = proposed(behaviour, state, params, 0)
+
+    @jax.jit
+    def gradients(params):
+        def loss(params, objective):
+            both = {"sampler": params, "objective": {}}
+            return objective.loss(both, (), batch_of(own, params))[0]
+
+        plain = ds.objectives.log_variance()
+        return [jax.value_and_grad(loss)(params, o) for o in (objective, plain)]
+
+    (value, actual), (plain, expected) = gradients(params)
+    assert float(value) == pytest.approx(float(state.exponent**2 * plain), rel=1e-9)
+    for a, b in zip(*map(jax.tree.leaves, (actual, expected)), strict=True):
+        np.testing.assert_allclose(a, state.exponent * b, rtol=1e-8, atol=1e-10)
+
+    moved = perturbed(params, 0.1, seed=2)
+    before, after = (batch_of(own, p).trajectories for p in (params, moved))
+    log_ratio = np.sum(np.asarray(after.log_generation - before.log_generation), axis=1)
+    tilt = float(state.exponent) * np.asarray(before.log_weight)
+    (value, _), _ = gradients(moved)
+    assert float(value) == pytest.approx(np.var(log_ratio - tilt, ddof=1), rel=1e-9)
+
+
+def test_a_round_keeps_its_paths_and_the_next_one_draws_new_ones():
+    params = SAMPLER.init(KEY)
+    behaviour = ds.behaviours.trust_region(64, every=3)
+    energy, take = counting_energy(skewed_energy)
+    state, cost = behaviour.init(KEY, SAMPLER, params, energy)
+    assert take() == {"energy": int(cost.energy), "gradient": int(cost.gradient)}
+    first = state
+    for count in range(4):
+        own = proposed(behaviour, state, params, count)
+        ends = np.asarray(state.paths.xs[:, -1])
+        found = np.asarray(own.paths.xs[:, -1])
+        assert len(np.unique(found, axis=0)) == 32
+        assert np.all(np.any(np.all(found[:, None] == ends[None], -1), 1))
+        assert np.all(own.on_policy) == (count % 3 == 0)
+        assert np.array_equal(own.simulated, own.on_policy)
+        state, cost = behaviour.update(
+            state, KEY, SAMPLER, params, energy, None, own, jnp.asarray(count)
+        )
+        made = take()
+        assert made == {"energy": int(cost.energy), "gradient": int(cost.gradient)}
+        assert (made["energy"] > 0) == (count == 2)
+        same = np.array_equal(state.paths.xs, first.paths.xs)
+        assert same == (count < 2)
+        assert int(state.num_rounds) == (1 if count < 2 else 2)
+
+
+@pytest.mark.relaxed("dtypes")
+def test_stored_rows_cost_nothing_in_fit():
+    energy, take = counting_energy(skewed_energy)
+    fit = ds.fit(
+        KEY,
+        SAMPLER,
+        ds.objectives.trust_region_log_variance(),
+        energy,
+        behaviour=ds.behaviours.trust_region(64, every=2),
+        num_updates=4,
+        batch_size=16,
+        progress_bar=False,
+    )
+    made = take()
+    assert fit.num_energy_evaluations == made["energy"]
+    assert fit.num_gradient_evaluations == made["gradient"] == 0
+    np.testing.assert_array_equal(np.isfinite(fit.metrics["elbo"]), [1, 0, 1, 0])
+
+
+@pytest.mark.relaxed("dtypes")
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"num_paths": 1}, "num_paths must be at least 2"),
+        ({"every": 0}, "every at least 1"),
+        ({"max_divergence": 0.0}, "max_divergence positive"),
+        ({"num_paths": 8}, "num_paths must be at least the batch size, got 8 and 16"),
+    ],
+)
+def test_bad_options(options, match):
+    with pytest.raises(ValueError, match=match):
+        ds.fit(
+            KEY,
+            SAMPLER,
+            ds.objectives.trust_region_log_variance(),
+            skewed_energy,
+            behaviour=ds.behaviours.trust_region(**options),
+            num_updates=1,
+            batch_size=16,
+        )
+
+
+def test_it_is_not_mixed():
+    with pytest.raises(ValueError, match="cannot be mixed"):
+        ds.behaviours.mixture(
+            (ds.behaviours.trust_region(), 0.5), (ds.behaviours.on_policy(), 0.5)
+        )
