@@ -85,7 +85,8 @@ class Final(NamedTuple):
     energy: Array
 
 
-_NOW_AND_LATER = slice(None, -1), slice(1, None)
+_ENDS = slice(None, -1), slice(1, None)  # of every step: its state now and later
+_CHUNK = 8  # steps scored in parallel; more are slower on a CPU
 
 
 class _Seen(NamedTuple):
@@ -478,21 +479,29 @@ class Sampler:
         return mean, std
 
     def _kernels(self, params, path: Path, condition):
-        """Mean and standard deviation of all kernels along a path, both ways."""
-        ys, steps = self._unit(path.xs), self._steps()
+        """Mean and standard deviation of all kernels along a path, both ways.
+
+        Steps in parallel, but not more than a chunk of them: what the backward pass
+        needs of the others is computed again, so that its memory does not grow with K.
+        """
+        steps, ys = self._steps(), self._unit(path.xs)
         times = jnp.concatenate([steps.time, steps.next_time[-1:]])
         scores = jnp.concatenate([path.scores, path.last_score[None]])
-        features = jax.vmap(lambda y, t: self._features(params, y, t, condition))(
-            ys, times
-        )
-        seen = _Seen(scores, features)
 
-        def one(step, y, y_next, seen, next_seen):
-            generation = self._generate(params, step, y, seen, condition)
-            return generation, self._destroy(params, step, y_next, next_seen, condition)
+        def of_chunk(steps, states):
+            ys, times, scores = states
+            features = jax.vmap(lambda y, t: self._features(params, y, t, condition))
+            seen = _Seen(scores, features(ys, times))
+            now, later = (jax.tree.map(lambda a, s=s: a[s], seen) for s in _ENDS)
 
-        now, later = (jax.tree.map(lambda a, s=s: a[s], seen) for s in _NOW_AND_LATER)
-        return jax.vmap(one)(steps, ys[:-1], ys[1:], now, later)
+            def one(step, y, y_next, seen, next_seen):
+                generation = self._generate(params, step, y, seen, condition)
+                destruction = self._destroy(params, step, y_next, next_seen, condition)
+                return generation, destruction
+
+            return jax.vmap(one)(steps, ys[:-1], ys[1:], now, later)
+
+        return _in_chunks(of_chunk, steps, (ys, times, scores))
 
     def _log_density(self, y, mean, std):
         """Density in units of x; 0 for the transition into a point mass."""
@@ -667,6 +676,26 @@ def _numbers(name: str, value: Any, dim: int) -> float | tuple[float, ...]:
             f"{name} must be a number or {dim} numbers, got shape {list(array.shape)}"
         )
     return tuple(float(v) for v in array)
+
+
+def _in_chunks(function, steps, states):
+    """``function(steps [c], states [c+1]) -> [c]`` over K steps, a chunk at a time."""
+    num_steps = jax.tree.leaves(steps)[0].shape[0]
+    num_chunks, rest = divmod(num_steps, _CHUNK)
+    if num_chunks == 0 or (num_chunks == 1 and rest <= _CHUNK // 4):
+        return function(steps, states)
+    starts = _CHUNK * np.arange(num_chunks)[:, None]
+
+    def rows(tree, length):
+        return jax.tree.map(lambda a: a[starts + np.arange(length)], tree)
+
+    chunked = rows(steps, _CHUNK), rows(states, _CHUNK + 1)
+    out = jax.lax.map(jax.checkpoint(lambda chunk: function(*chunk)), chunked)
+    out = jax.tree.map(lambda a: a.reshape((-1,) + a.shape[2:]), out)
+    if not rest:
+        return out
+    last = (jax.tree.map(lambda a: a[num_steps - rest :], t) for t in (steps, states))
+    return jax.tree.map(lambda a, b: jnp.concatenate([a, b]), out, function(*last))
 
 
 def _sqrt_scan(body, carry, xs):

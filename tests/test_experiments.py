@@ -163,13 +163,14 @@ def test_cells_that_are_there_are_not_run_again(tmp_path, arguments, monkeypatch
 
 def _amortised_row(seed, kernels, num_steps, ess):
     script = _script("amortised")
-    images = {name: [1.0, 1.0] for _, name, *_ in script.COLUMNS} | {"ess": ess}
+    images = {name: [1.0] * 3 for _, name, *_ in script.COLUMNS} | {"ess": ess}
     means = {name: float(np.mean(values)) for name, values in images.items()}
     return {
         **{"seed": seed, "kernels": kernels, "num_steps": num_steps, **means},
-        **{"images": images, "draw_seconds": 0.5, "num_draws": 10, "num_images": 2},
-        **{"nuts_rhat": [1.0, 1.25], "nuts_ess": [70.0, 80.0], "nuts_seconds": 3.0},
-        **{"reference_standard_error": [0.01, 0.02], "nuts_gradient_evaluations": 4e3},
+        **{"images": images, "draw_seconds": 0.5, "num_draws": 10, "num_images": 3},
+        **{"nuts_rhat": [1.0, 1.25, 1.0], "nuts_ess": [70.0, 2.0, 80.0]},
+        **{"reference_standard_error": [0.01] * 3, "smc_log_z_error": [0.25] * 3},
+        **{"nuts_gradient_evaluations": 4e3, "nuts_seconds": 3.0, "num_particles": 8},
         **{"num_chains": 4, "num_nuts_draws": 50, "device": "cpu", "python": "3"},
         "versions": {"jax": "1.2.3"},
     }
@@ -178,9 +179,9 @@ def _amortised_row(seed, kernels, num_steps, ess):
 def test_table_of_amortised_sampling(tmp_path, arguments, capsys):
     out = tmp_path / "rows.jsonl"
     rows = [
-        _amortised_row(1, "generation", 5, [0.25, 0.75]),
-        _amortised_row(0, "generation", 5, [0.5, 1.0]),
-        _amortised_row(0, "encoder", 0, [0.125, 0.375]),
+        _amortised_row(1, "generation", 5, [0.25, 0.0, 0.75]),
+        _amortised_row(0, "generation", 5, [0.5, 0.0, 1.0]),
+        _amortised_row(0, "encoder", 0, [0.125, 0.0, 0.375]),
     ]
     out.write_text("".join(json.dumps(row) + "\n" for row in rows))
     arguments("table", out)
@@ -191,7 +192,8 @@ def test_table_of_amortised_sampling(tmp_path, arguments, capsys):
     assert "| 0.62 (0.50; 0.25) |" in lines[3]
     assert len({line.count("|") for line in lines[:4]}) == 1
     assert lines[8] == "| generation | 5 | 0, 1 | - | - | - | 0.500 | - |"
-    assert "R-hat at most 1.250" in lines[-1]
+    assert "2 of 6 images left out for an R-hat above 1.05" in lines[-1]
+    assert "effective draws at least 70" in lines[-1]
     arguments("table", tmp_path / "none.jsonl")
     with pytest.raises(SystemExit, match=r"no rows in .*none\.jsonl"):
         _script("amortised").main()

@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 from jax.tree_util import Partial
+from tables import OBJECTIVES
 
 import diffsamp as ds
 
@@ -616,3 +617,32 @@ def test_bad_requests_are_named(words, options):
 def test_a_key_that_is_none():
     with pytest.raises(ValueError, match=r"jax\.random\.key"):
         ds.fit(0, SAMPLER, ds.objectives.log_variance(), energy_of(), num_updates=1)
+
+
+# -------------------------------------------------------------------------- memory
+
+
+def _temporary_bytes(objective, num_steps, batch_size=256):
+    sampler = ds.samplers.dis(
+        2, num_steps, network=ds.networks.annealed_score_guided(width=32)
+    )
+    recipe = ds.training.Recipe(
+        sampler, objective, ds.behaviours.on_policy(), optax.adam(1e-3), batch_size
+    )
+    energy = ds.targets.gmm9().energy
+    state, _ = jax.eval_shape(
+        lambda key: ds.training.init(key, recipe, energy), jax.random.key(0)
+    )
+    step = jax.jit(lambda state: ds.training.step(recipe, state, energy))
+    compiled = step.lower(state).compile()
+    floats = (num_steps + 1) * 2 + num_steps * (2 + 1)  # states, scores and energies
+    return compiled.memory_analysis().temp_size_in_bytes, 4 * batch_size * floats
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["log_variance", "trajectory_balance"])
+def test_memory_does_not_grow_with_the_number_of_steps(name):
+    """But for the stored states: steps are scored a chunk at a time."""
+    objective = OBJECTIVES[name]()
+    few, many = (_temporary_bytes(objective, k) for k in (10, 100))
+    assert many[0] < 1.3 * few[0] + many[1]
