@@ -17,19 +17,15 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib.metadata
-import json
-import os
 import pathlib
-import platform
 
 import jax
 import numpy as np
 import optax
+from rows import append, described, read, summarise
 
 import diffsamp as ds
 
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "distrax", "blackjax", "numpyro")
 STEPS = (1, 2, 5, 10, 20)
 KERNELS = ("fixed", "generation", "both")
 WIDTH = 64
@@ -259,7 +255,6 @@ def ablation(args):
 
 
 def run(cells, args):
-    args.out.parent.mkdir(parents=True, exist_ok=True)
     for seed in args.seeds:
         for problem, num_steps, kernels, name, setting in cells:
             cell = {
@@ -281,26 +276,10 @@ def run(cells, args):
                 "max_seconds": args.seconds,
                 "max_energy_evaluations": args.energy_evaluations,
                 **found,
-                **environment(),
             }
-            with open(args.out, "a") as file:
-                file.write(json.dumps(row, default=float) + "\n")
+            append(args.out, row)
             brief = {k: found.get(k) for k in ("elbo_gap", "gap", "mode_tv", "error")}
             print(*cell.values(), brief, flush=True)
-
-
-def environment():
-    return {
-        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
-        "python": platform.python_version(),
-        "device": f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores",
-    }
-
-
-def read(path):
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 COLUMNS = (
@@ -342,12 +321,11 @@ def table(args):
     print("\n" + claim(rows))
     if rows:
         first = rows[0]
-        versions = ", ".join(f"{k} {v}" for k, v in first["versions"].items())
         print(
             f"\nMean (worst) over seeds; batch {first['batch_size']}, at most "
             f"{first['max_energy_evaluations']:,} energy evaluations and "
             f"{first['max_seconds']:.0f} s of updates; {first['num_draws']:,} draws; "
-            f"{first['device']}, Python {first['python']}, {versions}."
+            f"{described(first)}."
         )
 
 
@@ -386,14 +364,6 @@ def _line(labels, own):
     runs = f"{len(own)}" + (f", {bad} diverged" if bad else "")
     cells = [summarise(fine, *column[1:]) for column in COLUMNS]
     return ["| " + " | ".join([*labels, runs, *cells]) + " |"]
-
-
-def summarise(rows, name, form, badness):
-    values = [r[name] for r in rows if r.get(name) is not None]
-    if not values:
-        return "-"
-    mean = form.format(float(np.mean(values)))
-    return f"{mean} ({form.format(max(values, key=badness))})"
 
 
 def plot(args):

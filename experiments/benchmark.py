@@ -12,21 +12,16 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib.metadata
-import json
-import os
 import pathlib
-import platform
 import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from rows import append, described, read, summarise
 
 import diffsamp as ds
-
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "distrax", "blackjax", "numpyro")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,7 +196,6 @@ def distances(key, target, points, num_repeats):
 
 
 def run(args):
-    args.out.parent.mkdir(parents=True, exist_ok=True)
     done = {(r["target"], r["method"], r["seed"]) for r in read(args.out)}
     for seed in args.seeds:
         for cell in CELLS:
@@ -221,25 +215,9 @@ def run(args):
                     "num_steps": cell.num_steps,
                     "num_draws": args.num_draws,
                     **found,
-                    **environment(),
                 }
-                with open(args.out, "a") as file:
-                    file.write(json.dumps(row, default=float) + "\n")
+                append(args.out, row)
                 print(cell.target, method, seed, found, flush=True)
-
-
-def environment():
-    return {
-        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
-        "python": platform.python_version(),
-        "device": f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores",
-    }
-
-
-def read(path):
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 COLUMNS = (
@@ -282,22 +260,12 @@ def table(args):
     first = rows[0]
     repeats = ", ".join(f"{c.num_repeats} for {c.target}" for c in CELLS)
     note = (
-        f"Mean (worst) over seeds, {first['num_draws']:,} draws, {first['device']}, "
-        f"Python {first['python']}, "
-        + ", ".join(f"{k} {v}" for k, v in first["versions"].items())
-        + f". W2 ({NUM_POINTS:,} points) and the debiased Sinkhorn divergence "
+        f"Mean (worst) over seeds, {first['num_draws']:,} draws, {described(first)}. "
+        f"W2 ({NUM_POINTS:,} points) and the debiased Sinkhorn divergence "
         f"({SINKHORN_POINTS:,} points) are means over disjoint sets ({repeats}) over "
         "the same between exact sets; their noise is the standard error of one seed."
     )
     print("\n".join([*lines, "", note, "", "Verdicts:", "", *verdicts]))
-
-
-def summarise(rows, name, form, badness):
-    values = [r[name] for r in rows if r.get(name) is not None]
-    if not values:
-        return "-"
-    mean = form.format(float(np.mean(values)))
-    return f"{mean} ({form.format(max(values, key=badness))})"
 
 
 def main():

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 FOLDER = pathlib.Path(__file__).parents[1] / "experiments"
+sys.path.insert(0, str(FOLDER))  # scripts share rows.py
 
 
 def _script(name):
@@ -243,6 +244,80 @@ def test_a_small_quickstart(quickstart, tmp_path, arguments, capsys):
     numbers = json.loads((tmp_path / "quickstart.json").read_text())
     assert numbers["elbo"] < numbers["eubo"]
     assert (tmp_path / "quickstart.png").stat().st_size > 10_000
+
+
+GRID_ROW = {
+    **{"name": "grid", "target": "gmm25", "num_steps": 20, "kernels": "fixed"},
+    **{"batch_size": 256, "max_seconds": 90.0, "max_energy_evaluations": 1000},
+    **{"num_draws": 2000, "diverged": False, "device": "cpu", "python": "3.11"},
+    **{"versions": {"jax": "0.10"}, "log_z_error": -0.01, "elbo_gap": 0.4},
+}
+
+
+def test_the_grid_of_steps_says_whether_few_learned_ones_are_better(
+    tmp_path, arguments, capsys
+):
+    script, rows = _script("adaptive_destruction"), []
+    for seed, gap in enumerate((1.0, 1.4)):
+        fixed = {"gap": gap, "mode_tv_unweighted": 0.05}
+        both = {"gap": gap - 0.4, "mode_tv_unweighted": 0.04}
+        few = {"num_steps": 5, "kernels": "both"}
+        rows += [GRID_ROW | fixed | {"seed": seed}, GRID_ROW | both | few]
+        rows[-1]["seed"] = seed
+        worse = {"target": "gmm40", "mode_tv_unweighted": 0.2}
+        rows += [
+            r | (worse if r["num_steps"] == 5 else {"target": "gmm40"})
+            for r in rows[-2:]
+        ]
+    rows.append(
+        GRID_ROW
+        | few
+        | {"name": "TB for both", "seed": 0, "diverged": True, "gap": 7.0}
+    )
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    arguments("table", path)
+    script.main()
+    text = capsys.readouterr().out
+    assert "| gmm25 | 20 | fixed | 2 | 1.200 (1.400) | 0.400 (0.400) |" in text
+    assert "| gmm25 | TB for both | 1, 1 diverged | 7.000 (7.000) |" in text
+    assert "| gmm25 | 1.200 | 0.800 | 0.050 | 0.040 | yes |" in text
+    assert "| gmm40 | 1.200 | 0.800 | 0.050 | 0.200 | no |" in text
+    assert "jax 0.10" in text
+
+
+def test_the_grid_goes_on_where_it_stopped(tmp_path, arguments, monkeypatch):
+    script, ran = _script("adaptive_destruction"), []
+
+    def fake(problem, num_steps, kernels, setting, seed, args):
+        ran.append((problem.target, num_steps, kernels, seed))
+        return {"gap": 1.0, "diverged": False}
+
+    monkeypatch.setattr(script, "train_and_evaluate", fake)
+    out = tmp_path / "deep" / "rows.jsonl"
+    options = ("--targets", "gmm25", "--num-steps", 5, "--out", out)
+    arguments("grid", "--seeds", 7, *options)
+    script.main()
+    assert ran == [("gmm25", 5, kernels, 7) for kernels in script.KERNELS]
+    arguments("grid", "--seeds", 7, 8, *options)
+    script.main()
+    assert [seed for *_, seed in ran] == [7, 7, 7, 8, 8, 8]
+
+
+@pytest.mark.parametrize("kernels", ["fixed", "generation", "both"])
+def test_settings_of_the_grid_make_what_they_say(kernels):
+    script = _script("adaptive_destruction")
+    problem = script.PROBLEMS[0]
+    for change in script.ABLATION.values():
+        setting = script.Setting(**change)
+        sampler = script.make_sampler(problem, 2, 5, kernels, setting)
+        assert (sampler.destruction is not None) == (kernels == "both")
+        assert (sampler.backbone is not None) == setting.shared_backbone
+        behaviour = script.make_behaviour(setting)
+        objective = script.make_objective(setting, kernels == "both")
+        needs, has = objective.requires, behaviour.provides
+        assert has.target_draws or not needs.target_draws
+        assert has.on_policy or not needs.on_policy
 
 
 @pytest.mark.slow

@@ -1,0 +1,51 @@
+"""Results as JSON lines: what the other scripts here share."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+
+import jax
+import numpy as np
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "distrax", "blackjax", "numpyro")
+
+
+def read(path):
+    """Rows of a file, none where it does not exist."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def append(path, row):
+    """Adds a row, with the environment it was made in."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a") as file:
+        file.write(json.dumps({**row, **environment()}, default=float) + "\n")
+
+
+def environment():
+    """Versions and device."""
+    return {
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "python": platform.python_version(),
+        "device": f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores",
+    }
+
+
+def described(row):
+    """The environment of a row in words."""
+    versions = ", ".join(f"{name} {v}" for name, v in row["versions"].items())
+    return f"{row['device']}, Python {row['python']}, {versions}"
+
+
+def summarise(rows, name, form, badness):
+    """``mean (worst)`` of a number over rows, or a dash."""
+    values = [row[name] for row in rows if row.get(name) is not None]
+    if not values:
+        return "-"
+    mean = form.format(float(np.mean(values)))
+    return f"{mean} ({form.format(max(values, key=badness))})"
