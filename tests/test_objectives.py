@@ -346,7 +346,7 @@ def test_pieces_of_a_path_with_the_exact_flow(x64):
         assert value == pytest.approx(float(np.dot(weights, parts)), rel=1e-9)
 
 
-@pytest.mark.parametrize("name", ["pis", "dis", "gbs"])
+@pytest.mark.parametrize("name", mostly_slow(["pis", "dis", "gbs"], "pis"))
 def test_forward_looking_flow_is_the_geometric_path(x64, name):
     """Before training: (1 - t) (log Z + log reference marginal) - t energy."""
     sampler = SAMPLERS[name](num_steps=3)
@@ -388,7 +388,7 @@ def test_forward_looking_flow_is_the_geometric_path(x64, name):
 
 
 @pytest.mark.parametrize("options", [{"rate": 0.25}, {"every": 2}])
-@pytest.mark.parametrize("generation", [False, True])
+@pytest.mark.parametrize("generation", mostly_slow([False, True], False))
 def test_target_copy_lags_behind_one_kernel(x64, options, generation):
     """The copy's kernel in the value, no gradient to it, and the way the copy moves."""
     copied = ds.objectives.target_copy(
@@ -965,7 +965,6 @@ FAST = {
     ("log_variance", "dis"),
     ("trajectory_balance", "pis"),
     ("forward_kl", "dds"),
-    ("sub_trajectory_balance", "dis"),
     ("one_for_each_kernel", "gbs"),
 }
 

@@ -225,7 +225,7 @@ def _by_hand(sampler, params, y, noise):
     return total - skewed_energy(loc + scale * y), jnp.stack(used)
 
 
-@pytest.mark.parametrize("name", mostly_slow(SAMPLERS, "pis_learned", "dis_shared"))
+@pytest.mark.parametrize("name", mostly_slow(SAMPLERS, "pis_learned"))
 def test_rollout_gradient_is_that_of_a_plain_loop(x64, name):
     sampler = SAMPLERS[name](num_steps=5)  # two segments of two steps, and one more
     params = perturbed(sampler.init(jax.random.key(0)), 0.2)

@@ -1,5 +1,7 @@
 """Ratios of the kernels' variances: their values, the share outside, the alarm."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,8 @@ import pytest
 from tables import SAMPLERS, skewed_energy
 
 import diffsamp as ds
+
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 
 
 def constant(drift, log_variance):
@@ -78,9 +82,9 @@ def test_ratios_are_those_of_the_kernels():
     ("generation", "destruction", "share"),
     [
         ([0.0, 0.0], [-9.0, 0.0], 3 / 8),  # collapsed in one coordinate
-        ([0.0, 0.0], [9.0, 9.0], 3 / 4),  # exploded in both
-        ([8.0, 0.0], [0.0, 0.0], 3 / 8),
-        ([9.0, -9.0], [9.0, -9.0], 0.0),  # far from the reference, but together
+        slow([0.0, 0.0], [9.0, 9.0], 3 / 4),  # exploded in both
+        slow([8.0, 0.0], [0.0, 0.0], 3 / 8),
+        slow([9.0, -9.0], [9.0, -9.0], 0.0),  # far from the reference, but together
     ],
 )
 def test_a_variance_that_collapses_is_told(generation, destruction, share):
