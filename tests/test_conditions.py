@@ -111,6 +111,7 @@ def test_variance_is_taken_within_conditions():
         assert float(value) == pytest.approx(4.0 * 3 / 6, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_conditions_from_an_array_and_resume(tmp_path):
     points = np.asarray(conditions(jax.random.key(3), 10))
     objective = ds.objectives.log_variance()

@@ -96,6 +96,7 @@ def test_the_loss_of_a_round(x64):
     assert float(value) == pytest.approx(np.var(log_ratio - tilt, ddof=1), rel=1e-9)
 
 
+@pytest.mark.slow
 def test_a_round_keeps_its_paths_and_the_next_one_draws_new_ones():
     params = SAMPLER.init(KEY)
     behaviour = ds.behaviours.trust_region(64, every=3)
@@ -122,6 +123,7 @@ def test_a_round_keeps_its_paths_and_the_next_one_draws_new_ones():
         assert int(state.num_rounds) == (1 if count < 2 else 2)
 
 
+@pytest.mark.slow
 @pytest.mark.relaxed("dtypes")
 def test_stored_rows_cost_nothing_in_fit():
     energy, take = counting_energy(skewed_energy)
