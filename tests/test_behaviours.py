@@ -144,7 +144,10 @@ def test_paths_flags_and_determinism(name):
     jax.tree.map(np.testing.assert_array_equal, state, started(behaviour))
 
 
-@pytest.mark.parametrize("name", BEHAVIOURS)
+PROMISES = ("on_policy", "exploration", "reference_draws", "mixture", "trust_region")
+
+
+@pytest.mark.parametrize("name", mostly_slow(BEHAVIOURS, *PROMISES))
 def test_what_is_promised_is_what_is_delivered(name):
     """`provides` is what `fit` trusts when it accepts an objective."""
     behaviour = BEHAVIOURS[name]()

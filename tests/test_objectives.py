@@ -387,7 +387,9 @@ def test_forward_looking_flow_is_the_geometric_path(x64, name):
             np.testing.assert_allclose(log_flow[:, k], expected, rtol=1e-10)
 
 
-@pytest.mark.parametrize("options", [{"rate": 0.25}, {"every": 2}])
+@pytest.mark.parametrize(
+    "options", [{"rate": 0.25}, pytest.param({"every": 2}, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("generation", mostly_slow([False, True], False))
 def test_target_copy_lags_behind_one_kernel(x64, options, generation):
     """The copy's kernel in the value, no gradient to it, and the way the copy moves."""
@@ -965,7 +967,6 @@ FAST = {
     ("log_variance", "dis"),
     ("trajectory_balance", "pis"),
     ("forward_kl", "dds"),
-    ("one_for_each_kernel", "gbs"),
 }
 
 
