@@ -86,7 +86,7 @@ class Final(NamedTuple):
 
 
 _ENDS = slice(None, -1), slice(1, None)  # of every step: its state now and later
-_CHUNK = 8  # steps scored in parallel; more are slower on a CPU
+_CHUNK = 8  # steps scored in parallel
 
 
 class _Seen(NamedTuple):

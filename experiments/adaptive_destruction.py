@@ -22,7 +22,7 @@ import pathlib
 import jax
 import numpy as np
 import optax
-from rows import append, described, read, summarise
+from rows import append, described, read, summarise, well_errors
 
 import diffsamp as ds
 
@@ -200,8 +200,8 @@ def train_and_evaluate(problem, num_steps, kernels, setting, seed, args):
         jax.random.fold_in(key, 2), sampler, fit.params, target.energy, args.num_draws
     )
     if "manywell" in problem.target:
-        found["mode_tv_unweighted"] = wells_error(draws.x, None)
-        found["mode_tv"] = wells_error(draws.x, draws.log_weight)
+        found["mode_tv_unweighted"] = float(np.mean(well_errors(draws.x, None)))
+        found["mode_tv"] = float(np.mean(well_errors(draws.x, draws.log_weight)))
     ratios = ds.variance_ratios(
         jax.random.fold_in(key, 3), sampler, fit.params, target.energy
     )
@@ -221,16 +221,6 @@ def train_and_evaluate(problem, num_steps, kernels, setting, seed, args):
         "compile_seconds": fit.compile_seconds,
         "stopped_by": fit.stopped_by,
     }
-
-
-def wells_error(x, log_weight):
-    """Error of the share of the right well, the mean over the wells of a many-well."""
-    share = float(ds.targets.manywell(2).modes.weights[1])
-    weights = np.ones(len(x))
-    if log_weight is not None:
-        weights = np.exp(log_weight - np.max(log_weight))
-    right = weights @ (np.asarray(x)[:, 0::2] > 0) / weights.sum()
-    return float(np.mean(np.abs(right - share)))
 
 
 def grid(args):

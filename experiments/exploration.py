@@ -17,7 +17,7 @@ import pathlib
 import jax
 import numpy as np
 import optax
-from rows import append, described, read, summarise
+from rows import append, described, read, summarise, well_errors
 
 import diffsamp as ds
 
@@ -136,7 +136,7 @@ def train_and_evaluate(cell, method, seed, args):
         found["modes_found"] = int(np.sum(shares > 0))
     else:
         for name, log_weight in (("", draws.log_weight), ("_unweighted", None)):
-            found["well_error" + name] = wells_error(draws.x, log_weight)
+            found["well_error" + name] = float(np.max(well_errors(draws.x, log_weight)))
     return {
         **found,
         "gap": result["eubo"] - result["elbo"],
@@ -147,16 +147,6 @@ def train_and_evaluate(cell, method, seed, args):
         "seconds": fit.seconds,
         "compile_seconds": fit.compile_seconds,
     }
-
-
-def wells_error(x, log_weight):
-    """Error of the share of the right well, the largest over the wells."""
-    share = float(ds.targets.manywell(2).modes.weights[1])
-    weights = np.ones(len(x))
-    if log_weight is not None:
-        weights = np.exp(log_weight - np.max(log_weight))
-    right = weights @ (np.asarray(x)[:, 0::2] > 0) / weights.sum()
-    return float(np.max(np.abs(right - share)))
 
 
 def run(args):

@@ -1,4 +1,4 @@
-"""Results as JSON lines: what the other scripts here share."""
+"""What the other scripts here share: results as JSON lines, and a measure."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import platform
 
 import jax
 import numpy as np
+
+import diffsamp as ds
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "distrax", "blackjax", "numpyro")
 
@@ -49,3 +51,13 @@ def summarise(rows, name, form, badness):
         return "-"
     mean = form.format(float(np.mean(values)))
     return f"{mean} ({form.format(max(values, key=badness))})"
+
+
+def well_errors(x, log_weight):
+    """Error of the share of the right well, for each well of a many-well, [D / 2]."""
+    share = float(ds.targets.manywell(2).modes.weights[1])
+    weights = np.ones(len(x))
+    if log_weight is not None:
+        weights = np.exp(log_weight - np.max(log_weight))
+    right = weights @ (np.asarray(x)[:, 0::2] > 0) / weights.sum()
+    return np.abs(right - share)

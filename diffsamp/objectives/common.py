@@ -63,6 +63,15 @@ def group_mean(values: Array, rows: Array, batch: Batch) -> tuple[Array, Array]:
     return mean[batch.group], number[batch.group]
 
 
+def over_the_others(values: Array, rows: Array, batch: Batch) -> Array:
+    """Each row's value less the mean of the other usable rows of its condition.
+
+    A baseline that depends on the row itself would shrink the estimate by 1 - 1/B.
+    """
+    mean, count = group_mean(values, rows, batch)
+    return (values - mean) * count / jnp.maximum(count - 1, 1)
+
+
 def no_state(
     key: Key, sampler: Any, params: Params, energy: Energy, pilot: Any
 ) -> tuple[dict, tuple]:

@@ -26,9 +26,9 @@ import jax.numpy as jnp
 
 from diffsamp.objectives.common import (
     finite_rows,
-    group_mean,
     keep_state,
     no_state,
+    over_the_others,
     row_mean,
     safe,
 )
@@ -40,9 +40,7 @@ def _loss(params, state, batch):
     trajectories = batch.trajectories
     rows = finite_rows(trajectories.log_weight, batch.target_draws)
     log_ratio = jax.lax.stop_gradient(safe(trajectories.log_weight, rows))
-    baseline, count = group_mean(log_ratio, rows, batch)
-    # (L - mean of the others) = (L - mean of all) B / (B - 1)
-    excess = (log_ratio - baseline) * count / jnp.maximum(count - 1, 1)
+    excess = over_the_others(log_ratio, rows, batch)
     log_generation = jnp.sum(trajectories.log_generation, axis=-1)
     log_destruction = jnp.sum(trajectories.log_destruction, axis=-1)
     return row_mean(excess * log_destruction - log_generation, rows), {}

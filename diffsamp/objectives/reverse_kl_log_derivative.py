@@ -21,9 +21,9 @@ import jax.numpy as jnp
 
 from diffsamp.objectives.common import (
     finite_rows,
-    group_mean,
     keep_state,
     no_state,
+    over_the_others,
     row_mean,
     safe,
 )
@@ -35,9 +35,7 @@ def _loss(params, state, batch):
     trajectories = batch.trajectories
     rows = finite_rows(trajectories.log_weight, batch.on_policy)
     cost = jax.lax.stop_gradient(-safe(trajectories.log_weight, rows))
-    baseline, count = group_mean(cost, rows, batch)
-    # (L - mean of the others) = (L - mean of all) B / (B - 1)
-    advantage = (cost - baseline) * count / jnp.maximum(count - 1, 1)
+    advantage = over_the_others(cost, rows, batch)
     log_generation = jnp.sum(trajectories.log_generation, axis=-1)
     log_destruction = jnp.sum(trajectories.log_destruction, axis=-1)
     return row_mean(advantage * log_generation - log_destruction, rows), {}
