@@ -17,11 +17,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
-import importlib.metadata
-import json
-import os
 import pathlib
-import platform
 import time
 from typing import Any, NamedTuple
 
@@ -31,11 +27,11 @@ import numpy as np
 import optax
 from flax import linen as nn
 from jax.tree_util import Partial
+from rows import append, described, read
 
 import diffsamp as ds
 
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "distrax", "blackjax", "numpyro")
-PACKAGES += ("scikit-learn",)
+PACKAGES = ("scikit-learn",)
 STEPS = (5, 10, 20)
 KERNELS = ("generation", "both")
 
@@ -499,7 +495,6 @@ def over_images(judged):
 
 
 def run(args):
-    args.out.parent.mkdir(parents=True, exist_ok=True)
     for seed in args.seeds:
         cells = [(0, "encoder")]
         cells += [(steps, name) for steps in args.num_steps for name in args.kernels]
@@ -521,26 +516,10 @@ def run(args):
                 **dataclasses.asdict(SETTING),
                 **family.numbers,
                 **found,
-                **environment(),
             }
-            with open(args.out, "a") as file:
-                file.write(json.dumps(row, default=float) + "\n")
+            append(args.out, row, PACKAGES)
             brief = {k: v for k, v in found.items() if k != "images"}
             print(seed, num_steps, kernels, brief, flush=True)
-
-
-def environment():
-    return {
-        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
-        "python": platform.python_version(),
-        "device": f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores",
-    }
-
-
-def read(path):
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def _from_one(value):
@@ -605,7 +584,6 @@ def note(rows):
     num_images = sum(len(row["nuts_rhat"]) for row in each)
     seconds = sum(row["nuts_seconds"] for row in each) / num_images
     gradients = sum(row["nuts_gradient_evaluations"] for row in each) / num_images
-    versions = ", ".join(f"{k} {v}" for k, v in first["versions"].items())
     return (
         f"Mean over {first['num_images']} held-out images and all seeds (worst seed; "
         f"worst image of any seed), {first['num_draws']:,} draws per image; the last "
@@ -618,7 +596,7 @@ def note(rows):
         f"reference's log Z at most {max(errors):.3f}; that SMC, "
         f"{first['num_particles']} particles, is off by "
         f"{np.sqrt(np.mean(np.square(smc))):.2f} (root mean square). "
-        f"{first['device']}, Python {first['python']}, {versions}."
+        f"{described(first)}."
     )
 
 
@@ -640,7 +618,9 @@ def reliable(rows):
 
 def _mixed(row, values):
     """The values of images whose NUTS chains agree."""
-    return [v for v, rhat in zip(values, row["nuts_rhat"]) if rhat <= MAX_RHAT]
+    pairs = zip(values, row["nuts_rhat"], strict=True)
+    finite = ((np.nan if v is None else v, rhat) for v, rhat in pairs)
+    return [v for v, rhat in finite if rhat is not None and rhat <= MAX_RHAT]
 
 
 def _mean(rows, name, form):

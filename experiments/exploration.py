@@ -170,6 +170,7 @@ COLUMNS = (
     ("log Z error", "log_z_error", "{:+.3f}", abs),
     ("ELBO gap", "elbo_gap", "{:.3f}", float),
     ("EUBO gap", "eubo_gap", "{:.3f}", float),
+    ("EUBO - ELBO", "gap", "{:.3f}", float),
     ("ESS", "ess", "{:.2f}", lambda v: -v),
     ("modes found", "modes_found", "{:.0f}", lambda v: -v),
     ("mode TV", "mode_tv", "{:.3f}", float),
@@ -186,6 +187,8 @@ COLUMNS = (
 
 def table(args):
     rows = [row for path in args.files for row in read(path)]
+    if not rows:
+        raise SystemExit(f"no rows in {', '.join(map(str, args.files))}; run first")
     heads = " | ".join(column[0] for column in COLUMNS)
     lines = [f"| target | method | runs | {heads} |"]
     lines.append("| --- " * (len(COLUMNS) + 3) + "|")

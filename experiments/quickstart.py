@@ -12,7 +12,6 @@ machine.
 from __future__ import annotations
 
 import argparse
-import json
 import pathlib
 import time
 
@@ -23,6 +22,7 @@ import numpy as np
 import optax
 from numpyro.diagnostics import split_gelman_rubin
 from numpyro.infer import MCMC, NUTS
+from rows import dumps
 
 import diffsamp as ds
 from diffsamp import posteriors
@@ -182,15 +182,6 @@ def parse():
     return parser.parse_args()
 
 
-def dumps(numbers):
-    """JSON, which knows no infinity: an infinite error bar becomes null."""
-    finite = {
-        name: None if isinstance(v, float) and not np.isfinite(v) else v
-        for name, v in numbers.items()
-    }
-    return json.dumps(finite, indent=1, allow_nan=False)
-
-
 def main():
     begin, args = time.perf_counter(), parse()
     target, posterior = find_target(args.target)
@@ -276,7 +267,7 @@ def save(args, target, sampler, fit, draws, nuts, bars, cost, begin):
         "versions": {"jax": jax.__version__, "diffsamp": ds.__version__},
         "device": jax.devices()[0].device_kind,
     }
-    (args.out / "quickstart.json").write_text(dumps(numbers))
+    (args.out / "quickstart.json").write_text(dumps(numbers, indent=1))
     print(f"\nwrote {args.out}/quickstart.png, .json and sampler.diffsamp")
     print(f"total {seconds:.0f} s")
 

@@ -22,17 +22,33 @@ def read(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def append(path, row):
+def append(path, row, packages=()):
     """Adds a row, with the environment it was made in."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a") as file:
-        file.write(json.dumps({**row, **environment()}, default=float) + "\n")
+        file.write(dumps({**row, **environment(packages)}) + "\n")
 
 
-def environment():
-    """Versions and device."""
+def dumps(row, indent=None):
+    """JSON, which knows no infinity: an infinite error bar becomes null."""
+
+    def plain(value):
+        if isinstance(value, dict):
+            return {name: plain(v) for name, v in value.items()}
+        if isinstance(value, list | tuple):
+            return [plain(v) for v in value]
+        if isinstance(value, str | bool | int | None):
+            return value
+        return float(value) if np.isfinite(value) else None
+
+    return json.dumps(plain(row), indent=indent, allow_nan=False)
+
+
+def environment(packages=()):
+    """Versions, of further packages too, and device."""
+    names = (*PACKAGES, *packages)
     return {
-        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "versions": {name: importlib.metadata.version(name) for name in names},
         "python": platform.python_version(),
         "device": f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores",
     }

@@ -68,9 +68,11 @@ def test_options_of_the_quickstart(quickstart, arguments):
         quickstart.parse()
 
 
-def test_json_knows_no_infinity(quickstart):
-    text = quickstart.dumps({"a": float("inf"), "b": float("nan"), "c": 1.5, "d": [0]})
-    assert json.loads(text) == {"a": None, "b": None, "c": 1.5, "d": [0]}
+def test_json_knows_no_infinity():
+    row = {"a": np.float32("inf"), "b": [float("nan"), 0], "c": {"d": np.int32(2)}}
+    row |= {"e": True, "f": "inf", "g": None}
+    plain = {"a": None, "b": [None, 0], "c": {"d": 2}, "e": True, "f": "inf", "g": None}
+    assert json.loads(_script("rows").dumps(row)) == plain
 
 
 ROW = {
@@ -213,7 +215,7 @@ def test_amortised_cells_that_are_there_are_not_run_again(
     monkeypatch.setattr(script, "make_family", lambda seed: family)
     monkeypatch.setattr(script, "run_sampler", fake)
     monkeypatch.setattr(script, "run_encoder", fake)
-    monkeypatch.setattr(script, "environment", dict)
+    monkeypatch.setattr(script, "PACKAGES", ())
     out = tmp_path / "rows.jsonl"
     for steps in ((5,), (5, 20)):
         arguments(
@@ -302,6 +304,38 @@ def test_the_grid_goes_on_where_it_stopped(tmp_path, arguments, monkeypatch):
     arguments("grid", "--seeds", 7, 8, *options)
     script.main()
     assert [seed for *_, seed in ran] == [7, 7, 7, 8, 8, 8]
+
+
+def test_table_of_exploration(tmp_path, arguments, capsys):
+    script = _script("exploration")
+    shared = {"num_draws": 10, "device": "cpu", "python": "3", "versions": {"jax": "1"}}
+    rows = [
+        {"target": "manywell", "method": "seeded", "log_z_error": 0.25, "gap": 8.0},
+        {"target": "manywell", "method": "seeded", "log_z_error": -0.75, "gap": 9.0},
+        {"target": "gmm25", "method": "local_search", "modes_found": 24, "ess": None},
+        {"target": "gmm25", "method": "local_search", "modes_found": 25, "ess": 0.5},
+    ]
+    out = tmp_path / "rows.jsonl"
+    out.write_text("".join(json.dumps({**shared, **row}) + "\n" for row in rows))
+    arguments("table", out)
+    script.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2].startswith("| gmm25 | local_search | 2 | - | - |")
+    assert "| 0.50 (0.50) | 24 (24) |" in lines[2]
+    assert lines[3].startswith("| manywell | seeded | 2 | -0.250 (-0.750) |")
+    assert "8.500 (9.000)" in lines[3]
+    assert "10 draws, cpu" in lines[-1]
+
+
+def test_methods_of_exploration_fit_their_objectives():
+    script = _script("exploration")
+    for cell in script.CELLS:
+        for method in cell.methods:
+            objective, behaviour = script.make_method(method, cell.num_updates)
+            needs, has = objective.requires, behaviour.provides
+            assert has.anchor or not needs.anchor
+            assert has.on_policy or not needs.on_policy
+        assert script.target_of(cell.target).dim % 2 == 0
 
 
 @pytest.mark.parametrize("kernels", ["fixed", "generation", "both"])
