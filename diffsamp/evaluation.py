@@ -12,7 +12,7 @@ import numpy as np
 from diffsamp import batching, diagnostics, drawing, evidence, metrics, probes
 from diffsamp.energies import as_key
 from diffsamp.sampler import Sampler
-from diffsamp.types import Key, Params, Target
+from diffsamp.types import ArrayLike, Key, Params, Target
 
 
 def evaluate(
@@ -23,6 +23,7 @@ def evaluate(
     *,
     num_draws: int = 2_000,
     reference_draws: Any = None,
+    condition: ArrayLike | None = None,
     sinkhorn: bool | None = None,
     batch_size: int = batching.BATCH,
 ) -> dict[str, Any]:
@@ -40,6 +41,8 @@ def evaluate(
         target: the target; ``sample``, ``log_z`` and ``modes`` are used where known.
         num_draws: N.
         reference_draws: draws from the target, [M, D], where it cannot sample itself.
+        condition: [condition_dim], where the sampler has one; ``log_z``, ``sample`` and
+            ``modes`` are taken to be those of ``target.energy`` under this condition.
         sinkhorn: whether to compute Sinkhorn divergences, which needs OTT
             (``pip install diffsamp[ot]``) and some seconds; by default where OTT is
             installed. One that does not converge is NaN.
@@ -83,6 +86,7 @@ def evaluate(
         target.energy,
         num_draws,
         probe=probe,
+        condition=condition,
         batch_size=batch_size,
     )
     report = draws.diagnostics
@@ -119,7 +123,13 @@ def evaluate(
             out["mode_tv_floor"] = metrics.total_variation(floor, target.modes.weights)
     if exact is not None:
         log_weight = drawing.log_weights_of(
-            for_trace, sampler, params, target.energy, exact[1], batch_size
+            for_trace,
+            sampler,
+            params,
+            target.energy,
+            exact[1],
+            batch_size,
+            condition=condition,
         )
         forward = evidence.log_z_from_target_draws(log_weight)
         names = ("energy", "gradient", "network")

@@ -74,6 +74,23 @@ def test_one_sampler_serves_conditions_it_was_not_trained_on(name):
         np.testing.assert_allclose(mean, condition[:2], atol=0.1)
 
 
+def test_evaluation_under_one_condition():
+    condition = jnp.array([0.8, -0.5, 0.3])
+
+    def sample(key, num):
+        return condition[None, :2] + jax.random.normal(key, (num, 2))
+
+    target = ds.Target(energy, 2, log_z=2 * float(condition[2]), sample=sample)
+    params = trained("trajectory_balance").params
+    options = {"num_draws": 2_000, "sinkhorn": False}
+    report = ds.evaluate(KEY, SAMPLER, params, target, condition=condition, **options)
+    assert abs(report["log_z_error"]) < max(4 * report["log_z_standard_error"], 1e-3)
+    assert 0 < report["elbo_gap"] < 0.3
+    assert 0 < report["eubo_gap"] < 0.3
+    with pytest.raises(ValueError, match="condition_dim=3, condition is None"):
+        ds.evaluate(KEY, SAMPLER, params, target, **options)
+
+
 def test_log_z_is_a_function_of_the_condition():
     from diffsamp.objectives.log_z import log_z_of
 
