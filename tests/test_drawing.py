@@ -393,7 +393,9 @@ def test_a_handful_of_probe_points_is_never_trusted():
     assert draw(2_000, EXACT, probe=probe).diagnostics.verdict.startswith("reweight")
 
 
-@pytest.mark.parametrize("name", ["manywell", "gmm25"])
+@pytest.mark.parametrize(
+    "name", ["manywell", pytest.param("gmm25", marks=pytest.mark.slow)]
+)
 def test_an_untrained_sampler_on_a_hard_target_is_not_trusted(name):
     target = getattr(ds.targets, name)()
     sampler = sampler_at(0.0, 1.0, target.dim)  # narrow

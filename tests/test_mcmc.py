@@ -75,6 +75,7 @@ def test_smc_log_z_and_mode_weights(skewed):
     assert len(np.unique(x[0, :, 0])) > 950
 
 
+@pytest.mark.slow
 def test_smc_in_a_branch_of_compiled_code_without_recompilation():
     num_traces = 0
 
@@ -137,6 +138,7 @@ def test_a_target_that_is_not_reached_is_reported():
     assert result.beta < 1.0
 
 
+@pytest.mark.slow
 def test_a_target_too_far_is_not_reached_by_one_particle_of_luck():
     """Energy differences of 1e8 leave float32 no digits for the conditional ESS."""
 

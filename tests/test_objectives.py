@@ -352,13 +352,18 @@ def test_forward_looking_flow_is_the_geometric_path(x64, name):
     sampler = SAMPLERS[name](num_steps=3)
     params = sampler.init(jax.random.key(0))
     keys = jax.random.split(jax.random.key(1), 4)
-    simulate = jax.vmap(sampler.simulate, in_axes=(None, 0, None))
-    paths = simulate(params, keys, skewed_energy)
+
+    @jax.jit
+    def simulated(params, keys):
+        simulate = jax.vmap(sampler.simulate, in_axes=(None, 0, None))
+        paths = simulate(params, keys, skewed_energy)
+        return paths, jax.vmap(lambda p: sampler.score_path(params, p))(paths)
+
+    paths, trajectories = simulated(params, keys)
     flow = small_flow(forward_looking=True)
     objective = ds.objectives.detailed_balance(flow=flow)
     pilot = ds.batching.pilot(keys[0], sampler, params, skewed_energy)
     own, offset = objective.init(keys[1], sampler, params, skewed_energy, pilot)
-    trajectories = jax.vmap(lambda p: sampler.score_path(params, p))(paths)
     energy, take = counting_energy(skewed_energy)
     fields = rows_of(4)._asdict() | {"sampler": sampler, "energy": energy}
     batch = batch_of(trajectories.log_weight, **fields)
@@ -622,7 +627,7 @@ def test_non_finite_rows_are_left_out_of_value_and_gradient(name):
     assert np.isnan(loss(1.0, [jnp.nan, jnp.inf, -jnp.inf]))
 
 
-@pytest.mark.parametrize("needs_score", [False, True])
+@pytest.mark.parametrize("needs_score", mostly_slow([False, True], True))
 def test_reverse_kl_leaves_out_paths_that_end_where_the_energy_is_not_a_number(
     needs_score,
 ):
@@ -633,6 +638,7 @@ def test_reverse_kl_leaves_out_paths_that_end_where_the_energy_is_not_a_number(
     def energy(x):
         return gaussian_energy(x) + 0.0 * jnp.sqrt(x[0] - LOC + SCALE)
 
+    @jax.jit
     @jax.value_and_grad
     def loss(params, keys):
         roll = jax.vmap(sampler.rollout, in_axes=(None, 0, None))
@@ -642,7 +648,7 @@ def test_reverse_kl_leaves_out_paths_that_end_where_the_energy_is_not_a_number(
 
     params = sampler.init(jax.random.key(0))
     keys = jax.random.split(jax.random.key(1), 64)
-    draw = jax.vmap(sampler, in_axes=(None, 0, None))
+    draw = jax.jit(jax.vmap(sampler, in_axes=(None, 0, None)), static_argnums=2)
     good = np.isfinite(draw(params, keys, energy).log_weight)
     assert 0 < good.sum() < 64
     value, gradient = loss(params, keys)

@@ -48,15 +48,10 @@ def trust_region_log_variance() -> Objective:
     Needs `behaviours.trust_region`.
 
     Example:
-        >>> import jax, diffsamp as ds
-        >>> target = ds.targets.gmm9()
-        >>> sampler = ds.samplers.dis(dim=2, num_steps=4, scale=4.0)
-        >>> fit = ds.fit(
-        ...     jax.random.key(0), sampler, ds.objectives.trust_region_log_variance(),
-        ...     target.energy, behaviour=ds.behaviours.trust_region(32, every=2),
-        ...     num_updates=4, batch_size=16, progress_bar=False,
-        ... )
-        >>> fit.metrics["trust_region_exponent"].shape
-        (4,)
+        >>> import diffsamp as ds
+        >>> objective = ds.objectives.trust_region_log_variance()
+        >>> behaviour = ds.behaviours.trust_region(2_048, every=100)
+        >>> objective.requires.anchor and behaviour.provides.anchor
+        True
     """
     return Objective(Requirements(anchor=True), no_state, _loss, keep_state)
