@@ -405,7 +405,7 @@ def main():
         runner.add_argument("--batch-size", type=int, default=256)
         runner.add_argument("--seconds", type=float, default=60.0)
         runner.add_argument("--energy-evaluations", type=int, default=10_000_000)
-        runner.add_argument("--num-draws", type=int, default=2_000)
+        runner.add_argument("--num-draws", type=int, default=10_000)
         runner.add_argument("--out", type=pathlib.Path, default=default)
         runner.set_defaults(do=do)
     printer = commands.add_parser("table")
