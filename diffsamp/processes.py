@@ -46,10 +46,17 @@ class Coefficients(NamedTuple):
 
 
 class Process(Protocol):
-    """A frozen, hashable description that yields `Coefficients` for any step count."""
+    """A frozen, hashable description that yields `Coefficients` for any step count.
+
+    ``has_flow`` says whether half of the generation control is a probability flow, as
+    it is where generation without a control reverses destruction.
+    """
 
     @property
     def point_mass(self) -> bool: ...
+
+    @property
+    def has_flow(self) -> bool: ...
 
     def coefficients(self, num_steps: int) -> Coefficients: ...
 
@@ -68,6 +75,10 @@ class PinnedBrownian:
     @property
     def point_mass(self) -> bool:
         return True
+
+    @property
+    def has_flow(self) -> bool:
+        return False
 
     @functools.lru_cache(maxsize=64)  # noqa: B019 - frozen and small
     def coefficients(self, num_steps: int) -> Coefficients:
@@ -101,6 +112,10 @@ class VariancePreserving:
     @property
     def point_mass(self) -> bool:
         return False
+
+    @property
+    def has_flow(self) -> bool:
+        return True
 
     @functools.lru_cache(maxsize=64)  # noqa: B019 - frozen and small
     def coefficients(self, num_steps: int) -> Coefficients:
@@ -137,6 +152,10 @@ class Brownian:
 
     @property
     def point_mass(self) -> bool:
+        return False
+
+    @property
+    def has_flow(self) -> bool:
         return False
 
     @functools.lru_cache(maxsize=64)  # noqa: B019 - frozen and small

@@ -97,12 +97,21 @@ class _Seen(NamedTuple):
     features: Array | None
 
 
-class _Step(NamedTuple):
-    """Constants of one step; every field is a scalar (or stacked, [K])."""
+class Step(NamedTuple):
+    """Constants of one step of a grid; every field is [], or stacked, [K].
+
+    Attributes:
+        index: number of the step, k.
+        time: its start.
+        next_time: its end.
+        shift_scale: 1 / sqrt(K), by which a control is multiplied.
+        others: `processes.Coefficients`.
+    """
 
     index: Array
     time: Array
     next_time: Array
+    shift_scale: Array
     generation_decay: Array
     generation_std: Array
     destruction_decay: Array
@@ -331,7 +340,7 @@ class Sampler:
         self._check_condition(condition)
         key, params = as_key(key), jax.lax.stop_gradient(params)
         energy = self._bind(energy, condition)
-        steps, dtype = self._steps(), self._dtype
+        steps, dtype = self.steps(), self._dtype
         x = jax.lax.stop_gradient(jnp.asarray(x, dtype))
         in_loop = self.destruction is not None and self.destruction.needs_score
 
@@ -360,6 +369,64 @@ class Sampler:
         )
         # The value of body number k belongs to state k + 1.
         return Path(xs, values[-1], scores[:-1], scores[-1], values[:-1])
+
+    def flow_step(
+        self,
+        params: Params,
+        step: Step,
+        x: Array,
+        score: Array,
+        condition: Array | None = None,
+    ) -> Array:
+        """One step of the probability flow that the generation control stands for.
+
+        Generation ``dY = (-Y / 2 + c) d tau + dW`` and its noising process have the
+        marginals of the flow ``dY = (c / 2) d tau``. The step moves by half of what the
+        control adds to the mean of the generation kernel, ``(1 - decay) c``.
+
+        Args:
+            params: parameters.
+            step: constants of the step, of a grid of any size (`steps`).
+            x: state at its start, [D].
+            score: minus the energy gradient there in unit coordinates (`score_at`);
+                [0] where the control needs none.
+            condition: [condition_dim], or None.
+
+        Returns:
+            The state at its end, [D].
+
+        Raises:
+            ValueError: when the process has no such flow.
+        """
+        self.check_flow()
+        y = self._unit(x)
+        features = self._features(params, y, step.time, condition)
+        seen = _Seen(score, features)
+        mean, _ = self._generate(params, step, y, seen, condition)
+        return self._original(y + 0.5 * (mean - step.generation_decay * y))
+
+    def check_flow(self) -> None:
+        """Checks that the process has a probability flow.
+
+        Raises:
+            ValueError: when it has none.
+        """
+        if not self.process.has_flow:
+            raise ValueError(
+                f"{type(self.process).__name__} has no probability flow of its "
+                "generation control alone; use a variance-preserving process "
+                "(ds.samplers.scds, dis or dds)"
+            )
+
+    def score_at(
+        self, energy: Energy, x: Array, condition: Array | None = None
+    ) -> Array:
+        """What the networks see of the energy at x: [D], or [0] if they need nothing.
+
+        One evaluation of the energy gradient, as a constant.
+        """
+        bound = self._bind(energy, condition)
+        return self._value_and_score(bound, self._unit(x))[1]
 
     def score_path(
         self, params: Params, path: Path, condition: Array | None = None
@@ -445,32 +512,32 @@ class Sampler:
             return None
         return self.backbone(params["backbone"], y, time, condition)
 
-    def _generate(self, params, step: _Step, y, seen: _Seen, condition):
-        context = Context(seen.score, step.score_gain, condition, seen.features)
+    def _generate(self, params, step: Step, y, seen: _Seen, condition):
+        context = _context(step, seen, condition)
         control = self.generation(params["generation"], y, step.time, context)
         mean = step.generation_decay * y
         return self._controlled(
-            mean, step.generation_std, control, self.generation_bounds
+            step, mean, step.generation_std, control, self.generation_bounds
         )
 
-    def _destroy(self, params, step: _Step, y_next, seen: _Seen, condition):
+    def _destroy(self, params, step: Step, y_next, seen: _Seen, condition):
         mean, std = step.destruction_decay * y_next, step.destruction_std
         if self.destruction is None:
             return mean, std
-        context = Context(seen.score, step.score_gain, condition, seen.features)
+        context = _context(step, seen, condition)
         control = self.destruction(
             params["destruction"], y_next, step.next_time, context
         )
-        return self._controlled(mean, std, control, self.destruction_bounds)
+        return self._controlled(step, mean, std, control, self.destruction_bounds)
 
-    def _controlled(self, mean, std, control, bounds: Bounds):
+    def _controlled(self, step: Step, mean, std, control, bounds: Bounds):
         """Adds a control to a kernel of the reference."""
         if control.shape not in ((self.dim,), (2 * self.dim,)):
             raise ValueError(
                 f"network must return [{self.dim}] or, with log-variances, "
                 f"[{2 * self.dim}] numbers for one point, got {list(control.shape)}"
             )
-        shift = control[: self.dim].astype(mean.dtype) / math.sqrt(self.num_steps)
+        shift = control[: self.dim].astype(mean.dtype) * step.shift_scale
         if bounds.shift is not None:
             shift = _within(shift, bounds.shift)
         mean = mean + std * shift
@@ -486,7 +553,7 @@ class Sampler:
         backward pass needs of the others is computed again, so that its memory does not
         grow with K. On short paths that would cost a fifth of the speed.
         """
-        steps, ys = self._steps(), self._unit(path.xs)
+        steps, ys = self.steps(), self._unit(path.xs)
         times = jnp.concatenate([steps.time, steps.next_time[-1:]])
         scores = jnp.concatenate([path.scores, path.last_score[None]])
 
@@ -539,7 +606,7 @@ class Sampler:
         self._check_condition(condition)
         key, dtype = as_key(key), self._dtype
         energy = self._bind(energy, condition)
-        steps = self._steps()
+        steps = self.steps()
         if self.process.point_mass:
             y = jnp.zeros((self.dim,), dtype)
         else:
@@ -622,10 +689,13 @@ class Sampler:
         loc, scale = (np.asarray(v, y.dtype) for v in (self.loc, self.scale))
         return y * _row(scale, y) + _row(loc, y)
 
-    def _steps(self) -> _Step:
+    def steps(self) -> Step:
+        """Constants of all steps, [K] each."""
         table = self.process.coefficients(self.num_steps)
         columns = (table.times[:-1], table.times[1:], *table[1:])
-        return _Step(
+        root = np.full(self.num_steps, 1 / math.sqrt(self.num_steps))
+        columns = (*columns[:2], root, *columns[2:])
+        return Step(
             jnp.arange(self.num_steps), *(jnp.asarray(c, self._dtype) for c in columns)
         )
 
@@ -652,6 +722,11 @@ class Sampler:
         x = jax.lax.stop_gradient(self._original(y))
         value, gradient = jax.value_and_grad(energy)(x)
         return value, -_row(np.asarray(self.scale, y.dtype), y) * gradient
+
+
+def _context(step: Step, seen: _Seen, condition) -> Context:
+    step_size = step.next_time - step.time
+    return Context(seen.score, step.score_gain, condition, seen.features, step_size)
 
 
 def _nothing(dtype) -> tuple[Array, Array]:

@@ -58,11 +58,18 @@ SAMPLERS = {
         destruction_network=ds.networks.free(**SMALL, learn_variance=True),
         backbone=ds.networks.backbone(**SMALL),
     ),
+    "scds": _sampler(
+        ds.samplers.scds,
+        network=ds.networks.free(**SMALL, learn_variance=True, step_conditioned=True),
+        destruction_network=ds.networks.free(
+            **SMALL, learn_variance=True, step_conditioned=True
+        ),
+    ),
 }
 
 # Samplers that differ from another one by what is learned alone: left out where only
 # the process matters.
-LEARNED = ["gbs_variance", "pis_learned", "dds_learned", "dis_shared"]
+LEARNED = ["gbs_variance", "pis_learned", "dds_learned", "dis_shared", "scds"]
 VARIANTS = {"dis_free", *LEARNED}
 PROCESSES = [name for name in SAMPLERS if name not in VARIANTS]
 

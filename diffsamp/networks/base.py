@@ -23,12 +23,15 @@ class Context(NamedTuple):
         condition: what a conditional energy is conditioned on, [C], or None.
         features: what a shared backbone says about state, time and condition, [H], or
             None without one.
+        step_size: length of the step in time, [], for controls that share parameters
+            between step counts.
     """
 
     score: Array
     gain: Array
     condition: Array | None
     features: Array | None = None
+    step_size: Array | None = None
 
 
 class Control(Protocol):
@@ -117,6 +120,7 @@ class LinenControl:
             gain=jnp.ones((), dtype),
             condition=jnp.zeros((condition_dim,), dtype) if condition_dim else None,
             features=jnp.zeros((feature_dim,), dtype) if feature_dim else None,
+            step_size=jnp.ones((), dtype),
         )
         x, t = jnp.zeros((dim,), dtype), jnp.zeros((), dtype)
         return self.module.init(key, x, t, context)

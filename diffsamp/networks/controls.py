@@ -28,12 +28,18 @@ class _Head(nn.Module):
     depth: int
     output_clip: float
     learn_variance: bool
+    step_conditioned: bool
 
     @nn.compact
     def __call__(self, x: Array, t: Array, context: Context) -> tuple[Array, Array]:
         size = x.shape[-1]
         num_outputs = size * (1 + self.learn_variance)
         if context.features is not None:
+            if self.step_conditioned:
+                raise ValueError(
+                    "a step-conditioned control cannot build on a backbone, whose "
+                    "features know no step; leave out backbone= or step_conditioned="
+                )
             out = nn.Dense(
                 num_outputs,
                 kernel_init=nn.initializers.zeros,
@@ -41,8 +47,15 @@ class _Head(nn.Module):
             )(context.features)
         else:
             mlp = FourierMLP(self.width, self.depth, num_outputs)
-            out = mlp(x, t, context.condition)
+            step_size = context.step_size if self.step_conditioned else None
+            out = mlp(x, t, context.condition, step_size)
         return _clip(out[:size], self.output_clip), jnp.nan_to_num(out[size:])
+
+
+def _head(module) -> _Head:
+    """Of a module with the same fields."""
+    names = ("width", "depth", "output_clip", "learn_variance", "step_conditioned")
+    return _Head(**{name: getattr(module, name) for name in names})
 
 
 class FreeModule(nn.Module):
@@ -52,10 +65,11 @@ class FreeModule(nn.Module):
     depth: int
     output_clip: float
     learn_variance: bool = False
+    step_conditioned: bool = False
 
     @nn.compact
     def __call__(self, x: Array, t: Array, context: Context) -> Array:
-        head = _Head(self.width, self.depth, self.output_clip, self.learn_variance)
+        head = _head(self)
         return jnp.concatenate(head(x, t, context))
 
 
@@ -68,10 +82,11 @@ class ScoreGuidedModule(nn.Module):
     score_clip: float
     initial_guidance: float
     learn_variance: bool = False
+    step_conditioned: bool = False
 
     @nn.compact
     def __call__(self, x: Array, t: Array, context: Context) -> Array:
-        head = _Head(self.width, self.depth, self.output_clip, self.learn_variance)
+        head = _head(self)
         drift, log_variance = head(x, t, context)
         scale = TimeScale(self.width, x.shape[-1], self.initial_guidance)(t)
         guide = scale * _clip(context.score, self.score_clip)
@@ -92,10 +107,11 @@ class AnnealedScoreModule(nn.Module):
     score_clip: float
     offset: float
     learn_variance: bool = False
+    step_conditioned: bool = False
 
     @nn.compact
     def __call__(self, x: Array, t: Array, context: Context) -> Array:
-        head = _Head(self.width, self.depth, self.output_clip, self.learn_variance)
+        head = _head(self)
         drift, log_variance = head(x, t, context)
         scale = TimeScale(self.width, x.shape[-1])(t)
         score = (1 - t) * -x + t * _clip(context.score, self.score_clip)
@@ -110,10 +126,11 @@ class ReferenceGuidedModule(nn.Module):
     depth: int
     output_clip: float
     learn_variance: bool = False
+    step_conditioned: bool = False
 
     @nn.compact
     def __call__(self, x: Array, t: Array, context: Context) -> Array:
-        head = _Head(self.width, self.depth, self.output_clip, self.learn_variance)
+        head = _head(self)
         drift, log_variance = head(x, t, context)
         guide = context.gain * TimeScale(self.width, x.shape[-1])(t) * (1 - t) * x
         return jnp.concatenate([drift - guide, log_variance])
@@ -125,6 +142,7 @@ def free(
     *,
     output_clip: float = 1e4,
     learn_variance: bool = False,
+    step_conditioned: bool = False,
 ) -> LinenControl:
     """A Fourier MLP that never asks for the energy gradient.
 
@@ -133,6 +151,7 @@ def free(
         depth: hidden layers.
         output_clip: bound on each output.
         learn_variance: whether it also returns log-variances, see `Control`.
+        step_conditioned: whether it sees the length of the step.
 
     Example:
         >>> import diffsamp as ds
@@ -140,7 +159,8 @@ def free(
         False
     """
     return LinenControl(
-        FreeModule(width, depth, output_clip, learn_variance), needs_score=False
+        FreeModule(width, depth, output_clip, learn_variance, step_conditioned),
+        needs_score=False,
     )
 
 
@@ -152,6 +172,7 @@ def score_guided(
     score_clip: float = 1e2,
     initial_guidance: float = 0.01,
     learn_variance: bool = False,
+    step_conditioned: bool = False,
 ) -> LinenControl:
     """Fourier MLP plus a learned multiple of the target score (PIS and DDS papers).
 
@@ -162,9 +183,16 @@ def score_guided(
         score_clip: bound on each coordinate of the score in unit coordinates.
         initial_guidance: factor on the score before training.
         learn_variance: whether it also returns log-variances, see `Control`.
+        step_conditioned: whether it sees the length of the step.
     """
     module = ScoreGuidedModule(
-        width, depth, output_clip, score_clip, initial_guidance, learn_variance
+        width,
+        depth,
+        output_clip,
+        score_clip,
+        initial_guidance,
+        learn_variance,
+        step_conditioned,
     )
     return LinenControl(module, needs_score=True)
 
@@ -177,6 +205,7 @@ def annealed_score_guided(
     score_clip: float = 1e2,
     offset: float = 1.0,
     learn_variance: bool = False,
+    step_conditioned: bool = False,
 ) -> LinenControl:
     """Fourier MLP plus the score interpolated from reference to target (DIS paper).
 
@@ -189,9 +218,10 @@ def annealed_score_guided(
             makes the same score larger, hence the wider default.
         offset: 1 if the process contains the reference drift, else 0.
         learn_variance: whether it also returns log-variances, see `Control`.
+        step_conditioned: whether it sees the length of the step.
     """
     module = AnnealedScoreModule(
-        width, depth, output_clip, score_clip, offset, learn_variance
+        width, depth, output_clip, score_clip, offset, learn_variance, step_conditioned
     )
     return LinenControl(module, needs_score=True)
 
@@ -202,6 +232,7 @@ def reference_guided(
     *,
     output_clip: float = 1e4,
     learn_variance: bool = False,
+    step_conditioned: bool = False,
 ) -> LinenControl:
     """Fourier MLP plus the reference score fading out: the bridge's destruction drift.
 
@@ -210,8 +241,11 @@ def reference_guided(
         depth: hidden layers.
         output_clip: bound on each output of the MLP.
         learn_variance: whether it also returns log-variances, see `Control`.
+        step_conditioned: whether it sees the length of the step.
     """
-    module = ReferenceGuidedModule(width, depth, output_clip, learn_variance)
+    module = ReferenceGuidedModule(
+        width, depth, output_clip, learn_variance, step_conditioned
+    )
     return LinenControl(module, needs_score=False)
 
 

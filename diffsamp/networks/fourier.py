@@ -31,7 +31,7 @@ class FourierFeatures(nn.Module):
 
 
 class FourierMLP(nn.Module):
-    """Sum of embeddings of state, time and condition, then ``depth`` GELU layers.
+    """Sum of embeddings of state, time, condition and step, then ``depth`` GELU layers.
 
     The last layer starts at zero, so an untrained control is the reference's own.
 
@@ -47,13 +47,24 @@ class FourierMLP(nn.Module):
     out_dim: int | None = 0
 
     @nn.compact
-    def __call__(self, x: Array, t: Array, condition: Array | None) -> Array:
-        time = FourierFeatures(self.width)(t)
-        time = nn.Dense(self.width, param_dtype=_dtype())(time)
-        time = nn.Dense(self.width, param_dtype=_dtype())(nn.gelu(time))
+    def __call__(
+        self,
+        x: Array,
+        t: Array,
+        condition: Array | None,
+        step_size: Array | None = None,
+    ) -> Array:
+        def embed(value):
+            features = FourierFeatures(self.width)(value)
+            hidden = nn.Dense(self.width, param_dtype=_dtype())(features)
+            return nn.Dense(self.width, param_dtype=_dtype())(nn.gelu(hidden))
+
+        time = embed(t)
         hidden = nn.Dense(self.width, param_dtype=_dtype())(x) + time
         if condition is not None:
             hidden += nn.Dense(self.width, param_dtype=_dtype())(condition)
+        if step_size is not None:
+            hidden += embed(step_size)
         for _ in range(self.depth):
             hidden = nn.Dense(self.width, param_dtype=_dtype())(nn.gelu(hidden))
         if self.out_dim is None:

@@ -14,6 +14,9 @@ from diffsamp.objectives.reverse_kl import reverse_kl as reverse_kl
 from diffsamp.objectives.reverse_kl_log_derivative import (
     reverse_kl_log_derivative as reverse_kl_log_derivative,
 )
+from diffsamp.objectives.self_consistency import Biased as Biased
+from diffsamp.objectives.self_consistency import Curriculum as Curriculum
+from diffsamp.objectives.self_consistency import self_consistency as self_consistency
 from diffsamp.objectives.sub_trajectory_balance import (
     sub_trajectory_balance as sub_trajectory_balance,
 )
@@ -30,6 +33,8 @@ from diffsamp.objectives.trust_region_log_variance import (
 from diffsamp.objectives.weighted_sum import weighted_sum as weighted_sum
 
 __all__ = [
+    "Biased",
+    "Curriculum",
     "Flow",
     "destruction_only",
     "detailed_balance",
@@ -40,6 +45,7 @@ __all__ = [
     "log_variance",
     "reverse_kl",
     "reverse_kl_log_derivative",
+    "self_consistency",
     "sub_trajectory_balance",
     "target_copy",
     "trajectory_balance",

@@ -4,5 +4,6 @@ from diffsamp.samplers.dds import dds as dds
 from diffsamp.samplers.dis import dis as dis
 from diffsamp.samplers.gbs import gbs as gbs
 from diffsamp.samplers.pis import pis as pis
+from diffsamp.samplers.scds import scds as scds
 
-__all__ = ["dds", "dis", "gbs", "pis"]
+__all__ = ["dds", "dis", "gbs", "pis", "scds"]

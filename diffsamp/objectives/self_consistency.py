@@ -1,0 +1,191 @@
+"""Self-consistency of the probability flow. Jutras-Dubé et al., arXiv 2502.07579.
+
+With F the flow step of the control u(x, t, d) (`Sampler.flow_step`), a state x_t of a
+path and a step of length 2 d from t to t',
+
+    loss = mean |F(x_t; t, 2 d) - sg F(F(x_t; t, d); t + d, d)|^2 / (D s^2)
+
+in squared deviations s of the reference per coordinate: one long step is to arrive
+where two short ones do, both taken with the current parameters or their exponential
+moving average. Lengths are 2^k / K with k from 1 to log2 K; the paper draws k uniformly
+and then t uniformly from the multiples of 2 d. The loss says nothing about the shortest
+step: that one has to be trained by another objective in a `weighted_sum`, or everything
+is consistent with an arbitrary flow.
+
+States come from whatever behaviour there is and carry no gradient. The second short
+step of a control that is shown the score costs one energy gradient per row. The paper
+divides by D once more and takes an optimiser step of its own for this loss.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from diffsamp.objectives.common import row_mean
+from diffsamp.sampler import Sampler
+from diffsamp.types import Array, Cost, Objective, Requirements
+
+
+class Pairs(Protocol):
+    """The law of the length of the long step, as a hashable function.
+
+    ``pairs(num_levels, count)`` returns unnormalised log-probabilities [num_levels] of
+    long steps of 2, 4, ..., 2^num_levels steps of the grid, at update ``count``.
+    """
+
+    def __call__(self, num_levels: int, count: Array) -> Array: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Biased:
+    """Probability proportional to ``exp(-rate k)`` for a long step of 2^k steps.
+
+    Attributes:
+        rate: 0 is the uniform law; 1.5 the paper's, which favours short steps.
+    """
+
+    rate: float = 1.5
+
+    def __call__(self, num_levels: int, count: Array) -> Array:
+        del count
+        return -self.rate * jnp.arange(1.0, num_levels + 1.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Curriculum:
+    """Uniform over the lengths up to a longest one, which doubles as training goes on.
+
+    Attributes:
+        num_updates: updates until all lengths are in use.
+    """
+
+    num_updates: int
+
+    def __post_init__(self):
+        if self.num_updates < 1:
+            raise ValueError(f"num_updates must be at least 1, got {self.num_updates}")
+
+    def __call__(self, num_levels: int, count: Array) -> Array:
+        longest = 1 + num_levels * count // self.num_updates
+        return jnp.where(jnp.arange(1, num_levels + 1) <= longest, 0.0, -jnp.inf)
+
+
+_UNIFORM = Biased(0.0)
+
+
+@functools.cache
+def self_consistency(
+    *, pairs: Pairs = _UNIFORM, ema_decay: float | None = None
+) -> Objective:
+    """Squared distance between one long step of the flow and two of half its length.
+
+    Args:
+        pairs: law of the length of the long step: `Biased`, `Curriculum` or any
+            hashable function like them.
+        ema_decay: decay of an exponential moving average of the parameters that takes
+            the two short steps; None for the current ones.
+
+    Raises:
+        ValueError: when ema_decay is not in (0, 1); at the start of training when the
+            sampler has no probability flow, its number of steps is no power of two from
+            2 on, or its time grid of half the steps is not every other time.
+
+    Example:
+        >>> import diffsamp as ds
+        >>> objective = ds.objectives.weighted_sum(
+        ...     (ds.objectives.log_variance(), 1.0),
+        ...     (ds.objectives.self_consistency(), 0.5),
+        ... )
+    """
+    if ema_decay is not None and not 0 < ema_decay < 1:
+        raise ValueError(f"ema_decay must be in (0, 1) or None, got {ema_decay}")
+
+    def init(key, sampler, params, energy, pilot):
+        del key, energy, pilot
+        _check_grid(sampler)
+        if ema_decay is None:
+            return {}, ()
+        return {}, jax.tree.map(jnp.asarray, params)
+
+    def loss(params, average, batch):
+        sampler: Sampler = batch.sampler
+        num_levels = sampler.num_steps.bit_length() - 1
+        short = params["sampler"] if ema_decay is None else average
+        short = jax.lax.stop_gradient(short)
+        for_level, for_place = jax.random.split(batch.key)
+        size = batch.on_policy.shape[0]
+        log_probs = pairs(num_levels, batch.count)
+        level = 1 + jax.random.categorical(for_level, log_probs, shape=(size,))
+        num_long = jnp.asarray(sampler.num_steps) >> level
+        place = jax.random.randint(for_place, (size,), 0, num_long)
+        condition = batch.condition if batch.condition.shape[-1] else None
+
+        def of_row(num_long, place, path, condition):
+            step_of = _steps_of_all_grids(sampler)
+            long = step_of(num_long, place)
+            first, second = (step_of(2 * num_long, 2 * place + i) for i in range(2))
+            start = place * (sampler.num_steps // num_long)
+            x, score = path.xs[start], path.scores[start]
+            middle = sampler.flow_step(short, first, x, score, condition)
+            score_there = sampler.score_at(batch.energy, middle, condition)
+            end = sampler.flow_step(short, second, middle, score_there, condition)
+            end = jax.lax.stop_gradient(end)
+            reached = sampler.flow_step(params["sampler"], long, x, score, condition)
+            scale = jnp.broadcast_to(jnp.asarray(sampler.scale, x.dtype), x.shape)
+            return jnp.mean(((reached - end) / scale) ** 2)
+
+        paths = jax.lax.stop_gradient(batch.paths)
+        values = jax.vmap(of_row)(num_long, place, paths, condition)
+        value = row_mean(values, jnp.isfinite(values))
+        gradients = size if sampler.needs_score else 0
+        return value, {"cost": Cost(0, gradients), "self_consistency": value}
+
+    def update(params, average, batch):
+        del batch
+        if ema_decay is None:
+            return average
+        return jax.tree.map(
+            lambda old, new: old + (1 - ema_decay) * (new - old),
+            average,
+            params["sampler"],
+        )
+
+    return Objective(Requirements(), init, loss, update)
+
+
+def _check_grid(sampler: Any) -> None:
+    sampler.check_flow()
+    num = sampler.num_steps
+    if num < 2 or num & (num - 1):
+        raise ValueError(
+            "self_consistency halves steps: num_steps must be a power of two from 2 "
+            f"on, got {num}"
+        )
+    while num > 1:
+        fine, coarse = (sampler.process.coefficients(k).times for k in (num, num // 2))
+        if not np.allclose(fine[::2], coarse, rtol=0, atol=1e-9):
+            raise ValueError(
+                f"the time grid of {num // 2} steps is not every other time of that of "
+                f"{num}; self_consistency needs nested grids, as "
+                "ds.schedules.power_grid makes them"
+            )
+        num //= 2
+
+
+def _steps_of_all_grids(sampler: Any):
+    """``(num_steps, index) -> Step`` for grids of 1, 2, 4, ..., K steps."""
+    sizes = [2**k for k in range(sampler.num_steps.bit_length())]
+    grids = [sampler.with_num_steps(k).steps() for k in sizes]
+    rows = jax.tree.map(lambda *columns: jnp.concatenate(columns), *grids)
+
+    def step_of(num_steps, index):
+        row = num_steps - 1 + index  # 1 + 2 + ... + num_steps / 2 rows come before
+        return jax.tree.map(lambda column: column[row], rows)
+
+    return step_of

@@ -1,0 +1,102 @@
+"""SCDS: a sampler whose control knows the step. Jutras-Dubé et al., arXiv 2502.07579.
+
+The process is that of DIS: a fixed variance-preserving destruction and a generation
+that reverses it with a control u(x, t, d), which here also sees the length d of the
+step. One set of parameters so serves every number of steps:
+
+    p(x' | x) = N(sqrt(1 - a) x + a^(1/2) s K^(-1/2) u(x, t, d), a s^2),  d = t' - t,
+
+with a = a(t, t') from the noise schedule. An objective on paths of K = 128 steps makes
+u(., ., 1/128) the score of the noised target; ``objectives.self_consistency`` teaches
+one long step to go where two of half the length go along the probability flow
+(`Sampler.flow_step`), and so, doubling by doubling, a single step to do the work of
+all. The kernels, and therefore the weights, are valid at every number of steps; with
+few they are only as good as Gaussian kernels of the process' variance can be, and
+``learn_generation_variance`` and ``learn_destruction`` let them do better.
+
+Unlike the paper's Euler step, which at K = 1 turns x into 6 x + 1.6 u, the step is an
+exponential integrator: the control never has to undo the process. Neither the reference
+nor the states are truncated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from diffsamp import networks, schedules
+from diffsamp.networks import Control
+from diffsamp.processes import VariancePreserving
+from diffsamp.sampler import Bounds, Sampler
+from diffsamp.samplers.common import DEFAULT_BOUNDS
+
+
+def scds(
+    dim: int,
+    num_steps: int = 128,
+    *,
+    loc: float | Sequence[float] = 0.0,
+    scale: float | Sequence[float] = 1.0,
+    schedule: schedules.NoiseSchedule | None = None,
+    time_grid: schedules.TimeGrid | None = None,
+    network: Control | None = None,
+    learn_generation_variance: bool = False,
+    learn_destruction: bool = False,
+    destruction_network: Control | None = None,
+    generation_bounds: Bounds = DEFAULT_BOUNDS,
+    destruction_bounds: Bounds = DEFAULT_BOUNDS,
+    condition_dim: int = 0,
+) -> Sampler:
+    """Self-consistent diffusion sampler: parameters shared between step counts.
+
+    Args:
+        dim: dimension D.
+        num_steps: steps K of training; a power of two for `self_consistency`.
+        loc: mean of the reference, a number or D numbers.
+        scale: standard deviation of the reference, a number or D numbers.
+        schedule: noise schedule; by default `schedules.geometric`.
+        time_grid: ``num_steps -> times``; uniform by default. A grid of half the steps
+            must be every other time of this one.
+        network: control; by default `networks.annealed_score_guided` with
+            ``step_conditioned=True``.
+        learn_generation_variance: whether the default control also learns the
+            generation kernel's variance, per state, coordinate and step length.
+        learn_destruction: whether mean and variance of the destruction kernel are
+            learned, too, starting at the reference's. The probability flow stays that
+            of the reference's destruction.
+        destruction_network: its control, which implies ``learn_destruction``; by
+            default `networks.free` with ``step_conditioned=True``.
+        generation_bounds: how far the generation kernel may leave the reference's.
+        destruction_bounds: the same of the destruction kernel.
+        condition_dim: size of the condition of a conditional energy.
+
+    Raises:
+        ValueError: see `Sampler`.
+
+    Example:
+        >>> import jax, diffsamp as ds
+        >>> target = ds.targets.gmm9()
+        >>> sampler = ds.samplers.scds(dim=2, num_steps=8, scale=4.0)
+        >>> params = sampler.init(jax.random.key(0))
+        >>> fast = sampler.with_num_steps(1)
+        >>> fast(params, jax.random.key(1), target.energy).xs.shape
+        (2, 2)
+    """
+    if learn_destruction and destruction_network is None:
+        destruction_network = networks.free(learn_variance=True, step_conditioned=True)
+    return Sampler(
+        dim=dim,
+        num_steps=num_steps,
+        process=VariancePreserving(
+            schedule or schedules.geometric(), time_grid or schedules.power_grid()
+        ),
+        generation=network
+        or networks.annealed_score_guided(
+            learn_variance=learn_generation_variance, step_conditioned=True
+        ),
+        destruction=destruction_network,
+        loc=loc,
+        scale=scale,
+        condition_dim=condition_dim,
+        generation_bounds=generation_bounds,
+        destruction_bounds=destruction_bounds,
+    )

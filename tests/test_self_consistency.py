@@ -1,0 +1,287 @@
+"""Self-consistency: against the exact flow of a Gaussian, and by hand."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tables import (
+    SMALL,
+    counting_energy,
+    mostly_slow,
+    perturbed,
+    rows_of,
+    skewed_energy,
+)
+
+import diffsamp as ds
+from diffsamp.objectives import Biased, Curriculum, self_consistency
+
+KEY = jax.random.key(0)
+LOC, SCALE = (0.4, -0.3), (1.8, 1.5)
+MEAN, SD = (
+    np.array([0.7, -0.2]),
+    np.array([0.3, 1.4]),
+)  # of the target, unit coordinates
+SCHEDULE = ds.schedules.geometric(0.1)
+
+
+def signal(t):
+    square = SCHEDULE.smallest_scale**2
+    share = 1 - (square**t - square) / (1 - square)
+    return jnp.maximum(share, SCHEDULE.floor)
+
+
+def exact_displacement(y, t, step_size, mean, sd):
+    """Along the flow of a Gaussian, affine: marginals keep their quantiles."""
+
+    def moments(t):
+        share = signal(t)
+        return jnp.sqrt(share) * mean, jnp.sqrt(share * sd**2 + 1 - share)
+
+    (m, s), (m_next, s_next) = moments(t), moments(t + step_size)
+    return m_next + s_next / s * (y - m) - y
+
+
+def exact_control(offset=0.0):
+    """The control whose flow step is that displacement, and a wrong one."""
+
+    def drift(params, y, t, context):
+        decay = jnp.sqrt(signal(t) / signal(t + context.step_size))
+        mean, sd = params["mean"], params["sd"]
+        displacement = exact_displacement(y, t, context.step_size, mean, sd)
+        wrong = offset * context.step_size**2
+        return context.gain * (displacement + wrong) / (1 - decay)
+
+    def init(key, dim):
+        return {"mean": jnp.asarray(MEAN), "sd": jnp.asarray(SD)}
+
+    return ds.networks.from_function(init, drift)
+
+
+def sampler_of(network, num_steps, **options):
+    fields = {"loc": LOC, "scale": SCALE, "schedule": SCHEDULE, **options}
+    return ds.samplers.scds(2, num_steps, network=network, **fields)
+
+
+def batch_for(sampler, params, size=64, energy=skewed_energy, count=0):
+    keys = jax.random.split(KEY, size)
+    simulate = jax.vmap(sampler.simulate, in_axes=(None, 0, None))
+    paths = jax.jit(lambda params: simulate(params, keys, energy))(params)
+    return ds.Batch(
+        trajectories=None,
+        rollouts=None,
+        paths=paths,
+        on_policy=jnp.ones(size, bool),
+        target_draws=jnp.zeros(size, bool),
+        count=jnp.asarray(count),
+        key=KEY,
+        sampler=sampler,
+        energy=energy,
+        **rows_of(size)._asdict(),
+    )
+
+
+def loss_of(objective, sampler, params, state=(), **options):
+    batch = batch_for(sampler, params, **options)
+
+    @jax.jit
+    def run(params):
+        return objective.loss({"sampler": params, "objective": {}}, state, batch)[0]
+
+    return run
+
+
+def test_the_exact_flow_is_consistent(x64):
+    sampler = sampler_of(exact_control(), 16)
+    params = sampler.init(KEY)
+    for steps in (1, 4, 16):  # from the reference to the target at every step count
+        few = sampler.with_num_steps(steps)
+        x = jnp.array([1.3, -2.0])
+        y = (x - jnp.array(LOC)) / jnp.array(SCALE)
+        whole = y + exact_displacement(y, 0.0, 1.0, MEAN, SD)
+        for k in range(steps):
+            step = jax.tree.map(lambda a, k=k: a[k], few.steps())
+            x = few.flow_step(params, step, x, jnp.zeros(0))
+        np.testing.assert_allclose(
+            x, jnp.array(LOC) + jnp.array(SCALE) * whole, rtol=1e-9
+        )
+    assert float(loss_of(self_consistency(), sampler, params)(params)) < 1e-20
+    wrong = sampler_of(exact_control(0.3), 16)
+    assert float(loss_of(self_consistency(), wrong, params)(params)) > 1e-3
+
+
+def test_one_pair_by_hand(x64):
+    """K = 2 leaves one pair: both steps against the whole, from the reference."""
+    network = ds.networks.annealed_score_guided(**SMALL, step_conditioned=True)
+    sampler = sampler_of(network, 2)
+    params = perturbed(sampler.init(KEY), 0.3)
+    batch = batch_for(sampler, params, size=5)
+    short, long = sampler.steps(), sampler.with_num_steps(1).steps()
+    scale = jnp.array(SCALE)
+
+    def score(x):
+        return -scale * jax.grad(skewed_energy)(x)
+
+    def by_hand(params):
+        total = 0.0
+        for x in batch.paths.xs[:, 0]:
+            end = x
+            for k in range(2):
+                step = jax.tree.map(lambda a, k=k: a[k], short)
+                end = sampler.flow_step(params, step, end, score(end))
+            step = jax.tree.map(lambda a: a[0], long)
+            reached = sampler.flow_step(params, step, x, score(x))
+            end = jax.lax.stop_gradient(end)
+            total += jnp.mean(((reached - end) / scale) ** 2) / 5
+        return total
+
+    def loss(params):
+        both = {"sampler": params, "objective": {}}
+        return self_consistency().loss(both, (), batch)[0]
+
+    value, gradient = jax.jit(jax.value_and_grad(loss))(params)
+    expected, expected_gradient = jax.jit(jax.value_and_grad(by_hand))(params)
+    assert float(value) == pytest.approx(float(expected), rel=1e-10)
+    for a, b in zip(*map(jax.tree.leaves, (gradient, expected_gradient)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-10)
+
+
+def test_the_average_takes_the_short_steps():
+    sampler = sampler_of(ds.networks.free(**SMALL, step_conditioned=True), 4)
+    params = perturbed(sampler.init(KEY), 0.3)
+    objective = self_consistency(ema_decay=0.75)
+    _, average = objective.init(KEY, sampler, params, skewed_energy, None)
+    other = jax.tree.map(lambda leaf: leaf + 0.4, params)
+    moved = objective.update({"sampler": other, "objective": {}}, average, None)
+    for start, now in zip(*map(jax.tree.leaves, (params, moved)), strict=True):
+        np.testing.assert_allclose(now - start, 0.1, rtol=1e-3)
+    same, elsewhere = (
+        float(loss_of(objective, sampler, params, average)(params))
+        for average in (params, other)
+    )
+    live = float(loss_of(self_consistency(), sampler, params)(params))
+    assert same == pytest.approx(live, rel=1e-5)
+    assert elsewhere != pytest.approx(live, rel=0.1)
+
+
+def test_laws_of_the_step_length():
+    count = jnp.asarray(0)
+    uniform, biased = (jax.nn.softmax(Biased(r)(4, count)) for r in (0.0, 1.5))
+    np.testing.assert_allclose(uniform, 0.25)
+    np.testing.assert_allclose(biased[1:] / biased[:-1], np.exp(-1.5), rtol=1e-5)
+    curriculum = Curriculum(100)
+    for count, longest in ((0, 1), (24, 1), (25, 2), (75, 4), (1_000, 4)):
+        law = np.isfinite(curriculum(4, jnp.asarray(count)))
+        np.testing.assert_array_equal(law, np.arange(4) < longest)
+
+
+def test_a_curriculum_starts_with_short_steps(x64):
+    """The wrong flow is inconsistent for long steps alone."""
+
+    def drift(params, y, t, context):
+        exact = exact_control().drift_fn(params, y, t, context)
+        return exact + jnp.where(context.step_size > 0.3, 5.0, 0.0)
+
+    network = ds.networks.from_function(exact_control().init_fn, drift)
+    sampler = sampler_of(network, 16)
+    params = sampler.init(KEY)
+    objective = self_consistency(pairs=Curriculum(100))
+    assert float(loss_of(objective, sampler, params, count=0)(params)) < 1e-20
+    assert float(loss_of(objective, sampler, params, count=100)(params)) > 0.1
+
+
+@pytest.mark.relaxed("dtypes")
+@pytest.mark.parametrize(
+    "network", mostly_slow(["free", "annealed_score_guided"], "annealed_score_guided")
+)
+def test_energies_are_counted(network):
+    network = getattr(ds.networks, network)(**SMALL, step_conditioned=True)
+    energy, take = counting_energy(skewed_energy)
+    fit = ds.fit(
+        KEY,
+        sampler_of(network, 4),
+        ds.objectives.weighted_sum(
+            (ds.objectives.log_variance(), 1.0), (self_consistency(), 0.5)
+        ),
+        energy,
+        num_updates=3,
+        batch_size=8,
+        progress_bar=False,
+    )
+    made = take()
+    assert fit.num_energy_evaluations == made["energy"]
+    assert fit.num_gradient_evaluations == made["gradient"]
+    assert np.all(np.isfinite(fit.metrics["self_consistency"]))
+
+
+def halves_elsewhere(num_steps):
+    return np.linspace(0, 1, num_steps + 1) ** (1 + 1 / num_steps)
+
+
+@pytest.mark.parametrize(
+    ("sampler", "match"),
+    [
+        (ds.samplers.pis(2, 4), "PinnedBrownian has no probability flow"),
+        (ds.samplers.gbs(2, 4), "Brownian has no probability flow"),
+        (ds.samplers.scds(2, 12), "power of two from 2 on, got 12"),
+        (ds.samplers.scds(2, 1), "power of two from 2 on, got 1"),
+        (ds.samplers.scds(2, 4, time_grid=halves_elsewhere), "not every other time"),
+    ],
+)
+def test_samplers_that_cannot(sampler, match):
+    with pytest.raises(ValueError, match=match):
+        ds.fit(KEY, sampler, self_consistency(), skewed_energy, num_updates=1)
+
+
+def test_bad_options():
+    for decay in (0.0, 1.0):
+        with pytest.raises(ValueError, match=f"ema_decay must be .* got {decay}"):
+            self_consistency(ema_decay=decay)
+    with pytest.raises(ValueError, match="num_updates must be at least 1, got 0"):
+        Curriculum(0)
+    network = ds.networks.free(**SMALL, step_conditioned=True)
+    backbone = ds.networks.backbone(**SMALL)
+    with pytest.raises(ValueError, match="cannot build on a backbone"):
+        ds.samplers.dis(2, 4, network=network, backbone=backbone).init(KEY)
+
+
+@pytest.mark.slow
+@pytest.mark.relaxed("dtypes")
+def test_one_step_arrives_where_many_do():
+    target = ds.targets.gmm9()
+    sampler = ds.samplers.scds(
+        2, 16, scale=4.0, network=ds.networks.free(32, step_conditioned=True)
+    )
+    points = target.sample(KEY, 2_000)
+    objective = ds.objectives.weighted_sum(
+        (ds.objectives.forward_kl(), 1.0), (self_consistency(), 20.0)
+    )
+    fit = ds.fit(
+        KEY,
+        sampler,
+        objective,
+        target.energy,
+        behaviour=ds.behaviours.reference_draws(points),
+        num_updates=4_000,
+        batch_size=128,
+        progress_bar=False,
+    )
+    x = 4.0 * jax.random.normal(jax.random.key(1), (2_000, 2))
+
+    def draws(params, num_steps):
+        few = sampler.with_num_steps(num_steps)
+        ends = x
+        for k in range(num_steps):
+            step = jax.tree.map(lambda a, k=k: a[k], few.steps())
+            ends = jax.vmap(few.flow_step, in_axes=(None, None, 0, None))(
+                params, step, ends, jnp.zeros(0)
+            )
+        return ends
+
+    def distance(params, num_steps):
+        return ds.metrics.wasserstein2(np.asarray(draws(params, num_steps)), points)
+
+    untrained = distance(sampler.init(KEY), 1)
+    many, one = (distance(fit.params, k) for k in (16, 1))
+    assert one < 0.5 * untrained
+    assert one < 2 * many
