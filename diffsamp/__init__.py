@@ -13,6 +13,7 @@ from diffsamp import probes as probes
 from diffsamp import processes as processes
 from diffsamp import samplers as samplers
 from diffsamp import schedules as schedules
+from diffsamp import solvers as solvers
 from diffsamp import targets as targets
 from diffsamp import training as training
 from diffsamp.checkpoint import CheckpointError as CheckpointError
@@ -23,6 +24,8 @@ from diffsamp.drawing import Draws as Draws
 from diffsamp.drawing import draw as draw
 from diffsamp.drawing import log_weights_of as log_weights_of
 from diffsamp.evaluation import evaluate as evaluate
+from diffsamp.probability_flow import ProbabilityFlow as ProbabilityFlow
+from diffsamp.probability_flow import probability_flow as probability_flow
 from diffsamp.probes import Probe as Probe
 from diffsamp.sampler import Bounds as Bounds
 from diffsamp.sampler import Sampler as Sampler
@@ -69,6 +72,7 @@ __all__ = [
     "Modes",
     "Objective",
     "Path",
+    "ProbabilityFlow",
     "Probe",
     "Proposal",
     "Provides",
@@ -97,6 +101,7 @@ __all__ = [
     "param_labels",
     "plotting",
     "prior_draws",
+    "probability_flow",
     "probes",
     "processes",
     "reference_from",
@@ -104,6 +109,7 @@ __all__ = [
     "save",
     "schedules",
     "short_mcmc",
+    "solvers",
     "standardise",
     "summary",
     "targets",

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffsamp.energies import as_energy
+from diffsamp.probability_flow import ProbabilityFlow
 from diffsamp.sampler import Final, Sampler
 from diffsamp.types import Array, Energy, Key, Params
 
@@ -25,7 +26,7 @@ BATCH = 1024
 
 def draw_final(
     key: Key,
-    sampler: Sampler,
+    sampler: Sampler | ProbabilityFlow,
     params: Params,
     energy: Energy,
     num_draws: int,

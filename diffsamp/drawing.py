@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -12,8 +13,12 @@ from diffsamp import batching, evidence, probes
 from diffsamp import diagnostics as judging
 from diffsamp.diagnostics import Diagnostics
 from diffsamp.energies import as_energy, as_key
+from diffsamp.probability_flow import ProbabilityFlow
 from diffsamp.sampler import Sampler
 from diffsamp.types import ArrayLike, Energy, Key, LogEvidence, Params
+
+
+_UNKNOWN = LogEvidence(math.nan, math.inf, -math.inf, None)  # without weights
 
 
 class Draws(NamedTuple):
@@ -69,7 +74,7 @@ class Draws(NamedTuple):
 
 def draw(
     key: Key,
-    sampler: Sampler,
+    sampler: Sampler | ProbabilityFlow,
     params: Params,
     energy: Energy,
     num_draws: int = 1_000,
@@ -86,7 +91,7 @@ def draw(
 
     Args:
         key: random key; consumed.
-        sampler: the sampler.
+        sampler: the sampler, or a `probability_flow`, whose draws have no weights.
         params: its parameters, ``fit.params``.
         energy: maps [D] to []; ``target.energy``.
         num_draws: N.
@@ -100,7 +105,8 @@ def draw(
         `Draws`.
 
     Raises:
-        ValueError: when num_draws or batch_size is below 1, or the energy does not fit.
+        ValueError: when num_draws or batch_size is below 1, the energy does not fit, or
+            a probe is given for draws without weights.
 
     Example:
         >>> import jax, diffsamp as ds
@@ -115,6 +121,10 @@ def draw(
         raise ValueError(f"num_draws must be an int of at least 1, got {num_draws}")
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    if probe is not None and not sampler.has_weights:
+        raise ValueError(
+            "a probe compares weights, and this flow has none; leave out probe="
+        )
     key, energy = as_key(key), as_energy(energy)
     condition = _as_condition(condition)
     sampler.check_energy(energy, condition)
@@ -151,9 +161,11 @@ def draw(
     )
     return Draws(
         x=np.asarray(final.x),
-        log_weight=np.asarray(final.log_weight),
+        log_weight=None if final.log_weight is None else np.asarray(final.log_weight),
         energy=np.asarray(final.energy),
-        log_evidence=evidence.log_evidence(
+        log_evidence=_UNKNOWN
+        if final.log_weight is None
+        else evidence.log_evidence(
             final.log_weight,
             target_log_weight=target_log_weight,
             pareto_k=report.pareto_k,
@@ -164,7 +176,7 @@ def draw(
 
 def log_weights_of(
     key: Key,
-    sampler: Sampler,
+    sampler: Sampler | ProbabilityFlow,
     params: Params,
     energy: Energy,
     x: ArrayLike,
@@ -186,8 +198,11 @@ def log_weights_of(
         condition: [condition_dim], where the sampler has one.
 
     Raises:
-        ValueError: when x is not of shape [M, D], or condition of another shape.
+        ValueError: when x is not of shape [M, D], condition of another shape, or the
+            sampler is a flow, which has no weights.
     """
+    if not isinstance(sampler, Sampler):
+        sampler.trace_back()  # says why there are none
     x = jnp.asarray(x, jax.dtypes.canonicalize_dtype(float))
     if x.ndim != 2 or x.shape[1] != sampler.dim or x.shape[0] == 0:
         raise ValueError(f"x must have shape [M, {sampler.dim}], got {list(x.shape)}")

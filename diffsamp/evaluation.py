@@ -11,13 +11,14 @@ import numpy as np
 
 from diffsamp import batching, diagnostics, drawing, evidence, metrics, probes
 from diffsamp.energies import as_key
+from diffsamp.probability_flow import ProbabilityFlow
 from diffsamp.sampler import Sampler
 from diffsamp.types import ArrayLike, Key, Params, Target
 
 
 def evaluate(
     key: Key,
-    sampler: Sampler,
+    sampler: Sampler | ProbabilityFlow,
     params: Params,
     target: Target,
     *,
@@ -36,7 +37,8 @@ def evaluate(
 
     Args:
         key: random key; consumed.
-        sampler: the sampler.
+        sampler: the sampler, or a `probability_flow`, which leaves out what needs
+            weights.
         params: its parameters.
         target: the target; ``sample``, ``log_z`` and ``modes`` are used where known.
         num_draws: N.
@@ -78,7 +80,8 @@ def evaluate(
         importlib.import_module("ott")  # now, not after all other work
     for_draws, for_exact, for_trace, for_resampling = jax.random.split(as_key(key), 4)
     exact = _exact_sets(for_exact, target, num_draws, reference_draws)
-    probe = None if exact is None else probes.given(exact[0])
+    weighted = sampler.has_weights
+    probe = probes.given(exact[0]) if weighted and exact is not None else None
     draws = drawing.draw(
         for_draws,
         sampler,
@@ -92,18 +95,19 @@ def evaluate(
     report = draws.diagnostics
     out: dict[str, Any] = {
         "num_draws": num_draws,
-        "elbo": draws.log_evidence.lower,
-        "log_z": draws.log_evidence.estimate,
-        "log_z_standard_error": draws.log_evidence.standard_error,
-        "ess": report.ess_fraction,
-        "pareto_k": report.pareto_k,
         "verdict": report.verdict,
         "num_energy_evaluations": report.num_energy_evaluations,
         "num_gradient_evaluations": report.num_gradient_evaluations,
         "num_network_evaluations": report.num_network_evaluations,
     }
+    if weighted:
+        out["elbo"] = draws.log_evidence.lower
+        out["log_z"] = draws.log_evidence.estimate
+        out["log_z_standard_error"] = draws.log_evidence.standard_error
+        out["ess"], out["pareto_k"] = report.ess_fraction, report.pareto_k
     if target.log_z is not None:
         out["log_z_true"] = target.log_z
+    if weighted and target.log_z is not None:
         out["log_z_error"] = out["log_z"] - target.log_z
         out["elbo_gap"] = target.log_z - out["elbo"]
     equal, usable_log_weight = draws.x, None  # unweighted where no weight is usable
@@ -121,7 +125,7 @@ def evaluate(
         if exact is not None:
             floor = metrics.mode_weights(exact[0], target.modes)
             out["mode_tv_floor"] = metrics.total_variation(floor, target.modes.weights)
-    if exact is not None:
+    if weighted and exact is not None:
         log_weight = drawing.log_weights_of(
             for_trace,
             sampler,
@@ -142,6 +146,7 @@ def evaluate(
         )
         if target.log_z is not None:
             out["eubo_gap"] = out["eubo"] - target.log_z
+    if exact is not None:
         out |= _distances(equal, draws.x, exact, sinkhorn)
     return out
 

@@ -76,12 +76,12 @@ class Final(NamedTuple):
 
     Attributes:
         x: last state, [D].
-        log_weight: [].
+        log_weight: [], or None where there is no valid one.
         energy: energy of the last state, [].
     """
 
     x: Array
-    log_weight: Array
+    log_weight: Array | None
     energy: Array
 
 
@@ -282,6 +282,11 @@ class Sampler:
         )
 
     @property
+    def has_weights(self) -> bool:
+        """Whether draws have valid importance weights."""
+        return True
+
+    @property
     def evaluations_per_path(self) -> Evaluations:
         """Cost of drawing one weighted path, or of tracing one back and scoring it."""
         networks = self.num_steps * (1 + (self.destruction is not None))
@@ -358,9 +363,9 @@ class Sampler:
             return mean + std * noise, (y, value, score)
 
         first, (later, values, scores) = jax.lax.scan(
-            body, self._unit(x), steps, reverse=True
+            body, self.unit(x), steps, reverse=True
         )
-        xs = self._original(jnp.concatenate([first[None], later])).at[-1].set(x)
+        xs = self.original(jnp.concatenate([first[None], later])).at[-1].set(x)
         if not in_loop:
             return self._complete(xs, energy, None)
         value, score = evaluate(first)
@@ -398,12 +403,27 @@ class Sampler:
         Raises:
             ValueError: when the process has no such flow.
         """
+        control = self.flow_control(params, step, x, score, condition)
+        return self.original(self.unit(x) + (1 - step.generation_decay) * control)
+
+    def flow_control(
+        self,
+        params: Params,
+        step: Step,
+        x: Array,
+        score: Array,
+        condition: Array | None = None,
+    ) -> Array:
+        """The control c of `flow_step` at the start of a step, [D], unit coordinates.
+
+        At the optimum, for short steps, c = score + y.
+        """
         self.check_flow()
-        y = self._unit(x)
+        y = self.unit(x)
         features = self._features(params, y, step.time, condition)
-        seen = _Seen(score, features)
-        mean, _ = self._generate(params, step, y, seen, condition)
-        return self._original(y + 0.5 * (mean - step.generation_decay * y))
+        mean, _ = self._generate(params, step, y, _Seen(score, features), condition)
+        decay = step.generation_decay
+        return 0.5 * (mean - decay * y) / (1 - decay)
 
     def check_flow(self) -> None:
         """Checks that the process has a probability flow.
@@ -426,7 +446,7 @@ class Sampler:
         One evaluation of the energy gradient, as a constant.
         """
         bound = self._bind(energy, condition)
-        return self._value_and_score(bound, self._unit(x))[1]
+        return self._value_and_score(bound, self.unit(x))[1]
 
     def score_path(
         self, params: Params, path: Path, condition: Array | None = None
@@ -447,7 +467,7 @@ class Sampler:
             point mass, where there is no such ratio. No gradient flows through them.
         """
         path = jax.lax.stop_gradient(path)
-        ys = self._unit(path.xs)
+        ys = self.unit(path.xs)
         generation, destruction = self._kernels(params, path, condition)
         log_density = jax.vmap(self._log_density)
         log_generation = log_density(ys[1:], *generation)
@@ -476,7 +496,7 @@ class Sampler:
         y, log_prior, log_generation, log_destruction, energy_value, _ = run
         log_ratio = jnp.sum(log_destruction - log_generation)
         log_weight = -energy_value - log_prior + log_ratio
-        return Final(self._original(y), log_weight, energy_value)
+        return Final(self.original(y), log_weight, energy_value)
 
     def rollout(
         self, params: Params, key: Key, energy: Energy, condition: Array | None = None
@@ -553,7 +573,7 @@ class Sampler:
         backward pass needs of the others is computed again, so that its memory does not
         grow with K. On short paths that would cost a fifth of the speed.
         """
-        steps, ys = self.steps(), self._unit(path.xs)
+        steps, ys = self.steps(), self.unit(path.xs)
         times = jnp.concatenate([steps.time, steps.next_time[-1:]])
         scores = jnp.concatenate([path.scores, path.last_score[None]])
 
@@ -641,12 +661,12 @@ class Sampler:
         scan = _sqrt_scan if remat else jax.lax.scan
         (y, (last_score, _), value), (densities, kept) = scan(body, carry, steps)
         if not self.needs_score:
-            value = energy(self._original(y))
+            value = energy(self.original(y))
         log_generation, log_destruction = densities if log_densities else (None, None)
         path = None
         if keep:
             ys, scores, energies = kept
-            xs = self._original(jnp.concatenate([ys, y[None]]))
+            xs = self.original(jnp.concatenate([ys, y[None]]))
             energies = energies if self.needs_score else energies[:0]
             path = Path(xs, value, scores, last_score, energies)
         return y, log_prior, log_generation, log_destruction, value, path
@@ -659,7 +679,7 @@ class Sampler:
             empty = jnp.zeros((self.num_steps + 1, 0), self._dtype)
             nothing = jnp.zeros((0,), self._dtype)
             return Path(xs, energy(xs[-1]), empty[:-1], empty[-1], nothing)
-        ys = self._unit(xs)
+        ys = self.unit(xs)
         values, scores = jax.vmap(lambda y: self._value_and_score(energy, y))(ys)
         return Path(xs, values[-1], scores[:-1], scores[-1], values[:-1])
 
@@ -681,11 +701,13 @@ class Sampler:
         scale = np.broadcast_to(np.asarray(self.scale, np.float64), (self.dim,))
         return float(np.sum(np.log(scale)))
 
-    def _unit(self, x: Array) -> Array:
+    def unit(self, x: Array) -> Array:
+        """``(x - loc) / scale`` of points [..., D]."""
         loc, scale = (np.asarray(v, x.dtype) for v in (self.loc, self.scale))
         return (x - _row(loc, x)) / _row(scale, x)
 
-    def _original(self, y: Array) -> Array:
+    def original(self, y: Array) -> Array:
+        """``loc + scale y`` of points [..., D]."""
         loc, scale = (np.asarray(v, y.dtype) for v in (self.loc, self.scale))
         return y * _row(scale, y) + _row(loc, y)
 
@@ -719,7 +741,7 @@ class Sampler:
 
     def _score_at(self, energy: Energy, y: Array):
         """Energy, and minus its gradient in unit coordinates, as constants."""
-        x = jax.lax.stop_gradient(self._original(y))
+        x = jax.lax.stop_gradient(self.original(y))
         value, gradient = jax.value_and_grad(energy)(x)
         return value, -_row(np.asarray(self.scale, y.dtype), y) * gradient
 

@@ -1,0 +1,173 @@
+"""Solvers of the probability flow of a variance-preserving process.
+
+With signal ``alpha^2 = alpha_bar(t)``, noise ``sigma^2 = 1 - alpha^2`` and the process'
+own time ``d tau = d log alpha^2``, a control c = score + y stands for the flow
+
+    dy / d tau = c / 2,    or    d(y / sigma) / d(alpha / sigma) = x_hat,
+    x_hat = alpha y + (sigma^2 / alpha) c,
+
+x_hat the expected end of the path. A solver takes K steps of it from the reference to
+the target in unit coordinates. `euler`, `heun` and `frozen` treat the first form, and
+stay well conditioned however little signal there is; `exponential` (DDIM; Song et al.
+2021, arXiv 2010.02502) and `dpm_solver` (DPM-Solver++(2M); Lu et al. 2022, arXiv
+2211.01095) the second, whose only approximation is that x_hat changes slowly. There
+noise is exactly zero at the end and x_hat is where they arrive.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from diffsamp.types import Array
+
+ControlAt = Callable[[Array, Array], Array]  # (k, y [D]) -> c [D]
+
+
+class FlowGrid(NamedTuple):
+    """Signal and noise at the K + 1 times of a grid.
+
+    Attributes:
+        alpha: root of the signal's share of the variance, [K+1].
+        sigma: root of the noise's, [K+1].
+    """
+
+    alpha: np.ndarray
+    sigma: np.ndarray
+
+
+class Solver(Protocol):
+    """Frozen and hashable.
+
+    ``solver(control, grid, y) -> y`` takes ``len(grid.alpha) - 1`` steps from y [D];
+    ``control(k, y)`` is c at the start of step k. ``num_calls(num_steps)`` counts them.
+    """
+
+    def num_calls(self, num_steps: int) -> int: ...
+
+    def __call__(self, control: ControlAt, grid: FlowGrid, y: Array) -> Array: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class OneCallSolver:
+    """``y' = a_k y + b_k c(k, y)``.
+
+    Attributes:
+        coefficients: ``grid -> (a [K], b [K])``.
+    """
+
+    coefficients: Callable[[FlowGrid], tuple[np.ndarray, np.ndarray]]
+
+    def num_calls(self, num_steps: int) -> int:
+        return num_steps
+
+    def __call__(self, control: ControlAt, grid: FlowGrid, y: Array) -> Array:
+        a, b = (jnp.asarray(v, y.dtype) for v in self.coefficients(grid))
+
+        def step(y, row):
+            k, a, b = row
+            return a * y + b * control(k, y), None
+
+        return jax.lax.scan(step, y, (jnp.arange(len(a)), a, b))[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class Heun:
+    """See `heun`."""
+
+    def num_calls(self, num_steps: int) -> int:
+        return 2 * num_steps - 1
+
+    def __call__(self, control: ControlAt, grid: FlowGrid, y: Array) -> Array:
+        half = jnp.asarray(np.diff(np.log(grid.alpha)), y.dtype)  # of the step in tau
+
+        def step(y, row):
+            k, half = row
+            first = control(k, y)
+            second = control(k + 1, y + half * first)
+            return y + half * 0.5 * (first + second), None
+
+        last = len(half) - 1
+        y, _ = jax.lax.scan(step, y, (jnp.arange(last), half[:-1]))
+        return y + half[-1] * control(jnp.asarray(last), y)
+
+
+@dataclasses.dataclass(frozen=True)
+class DPMSolver:
+    """See `dpm_solver`."""
+
+    def num_calls(self, num_steps: int) -> int:
+        return num_steps
+
+    def __call__(self, control: ControlAt, grid: FlowGrid, y: Array) -> Array:
+        keep, gain = _of_end(grid)
+        with np.errstate(divide="ignore"):
+            width = np.diff(np.log(grid.alpha) - np.log(grid.sigma))  # inf at the end
+        # x_hat is extrapolated to the middle of the step, but for the first and last
+        ratio = np.zeros(len(width))
+        ratio[1:] = np.where(np.isfinite(width[1:]), width[1:] / width[:-1] / 2, 0.0)
+        rows = (grid.alpha[:-1], grid.sigma[:-1], keep, gain, ratio)
+        rows = (jnp.arange(len(width)), *(jnp.asarray(r, y.dtype) for r in rows))
+
+        def step(carry, row):
+            y, before = carry
+            k, alpha, sigma, keep, gain, ratio = row
+            end = alpha * y + sigma**2 / alpha * control(k, y)
+            y = keep * y + gain * (end + ratio * (end - before))
+            return (y, end), None
+
+        return jax.lax.scan(step, (y, jnp.zeros_like(y)), rows)[0][0]
+
+
+def _of_end(grid):
+    """``y' = keep y + gain x_hat``."""
+    keep = grid.sigma[1:] / grid.sigma[:-1]
+    return keep, grid.alpha[1:] - grid.alpha[:-1] * keep
+
+
+def _euler(grid):
+    return np.ones(len(grid.alpha) - 1), np.diff(np.log(grid.alpha))
+
+
+def _frozen(grid):
+    return np.ones(len(grid.alpha) - 1), 1 - grid.alpha[:-1] / grid.alpha[1:]
+
+
+def _exponential(grid):
+    keep, gain = _of_end(grid)
+    alpha, sigma = grid.alpha[:-1], grid.sigma[:-1]
+    return keep + gain * alpha, gain * sigma**2 / alpha
+
+
+def euler() -> OneCallSolver:
+    """Euler steps in the process' own time; first order, one call a step."""
+    return OneCallSolver(_euler)
+
+
+def frozen() -> OneCallSolver:
+    """Half of the control's share of the generation kernel's mean; one call a step.
+
+    The step that `objectives.self_consistency` trains (`Sampler.flow_step`): the one to
+    take with a step-conditioned control. First order.
+    """
+    return OneCallSolver(_frozen)
+
+
+def heun() -> Heun:
+    """Heun's method; second order, two calls a step but one in the last."""
+    return Heun()
+
+
+def exponential() -> OneCallSolver:
+    """DDIM: exact where x_hat stays the same along the path; first order otherwise."""
+    return OneCallSolver(_exponential)
+
+
+def dpm_solver() -> DPMSolver:
+    """DPM-Solver++(2M): second order with one call a step, from the one before."""
+    return DPMSolver()
