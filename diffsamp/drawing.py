@@ -17,7 +17,6 @@ from diffsamp.probability_flow import ProbabilityFlow
 from diffsamp.sampler import Sampler
 from diffsamp.types import ArrayLike, Energy, Key, LogEvidence, Params
 
-
 _UNKNOWN = LogEvidence(math.nan, math.inf, -math.inf, None)  # without weights
 
 

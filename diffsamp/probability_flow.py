@@ -142,8 +142,8 @@ class ProbabilityFlow:
 
 
 _NO_WEIGHT = (
-    "a deterministic flow of unknown injectivity has no valid weight; take weights from "
-    "the stochastic sampler itself, flow.sampler"
+    "a deterministic flow of unknown injectivity has no valid weight; take weights "
+    "from the stochastic sampler itself, flow.sampler"
 )
 
 

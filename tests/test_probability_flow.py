@@ -30,7 +30,7 @@ def signal(t):
 
 
 def gaussian(sd):
-    """The sampler whose control is the score of a Gaussian target, and its exact flow."""
+    """A sampler whose control is the score of a Gaussian target, and its exact flow."""
 
     def drift(params, y, t, context):
         share = signal(t)
