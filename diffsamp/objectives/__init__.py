@@ -1,5 +1,6 @@
 """Training objectives, one per file, all of one shape: `diffsamp.types.Objective`."""
 
+from diffsamp.objectives.at_num_steps import at_num_steps as at_num_steps
 from diffsamp.objectives.detailed_balance import detailed_balance as detailed_balance
 from diffsamp.objectives.flows import Flow as Flow
 from diffsamp.objectives.forward_kl import forward_kl as forward_kl
@@ -36,6 +37,7 @@ __all__ = [
     "Biased",
     "Curriculum",
     "Flow",
+    "at_num_steps",
     "destruction_only",
     "detailed_balance",
     "forward_kl",

@@ -1,0 +1,136 @@
+"""An objective at other step counts: by hand, in turn, and in training."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from tables import SMALL, counting_energy, perturbed, rows_of, skewed_energy
+
+import diffsamp as ds
+from diffsamp.objectives import at_num_steps, log_variance, trajectory_balance
+
+KEY = jax.random.key(0)
+FREE = ds.networks.free(**SMALL, learn_variance=True, step_conditioned=True)
+SAMPLER = ds.samplers.scds(
+    2, 8, loc=(0.4, -0.3), scale=(1.8, 1.5), network=FREE, destruction_network=FREE
+)
+
+
+def batch_of(params, count, size=8):
+    keys = jax.random.split(KEY, size)
+    simulate = jax.vmap(SAMPLER.simulate, in_axes=(None, 0, None))
+    paths = jax.jit(lambda p: simulate(p, keys, skewed_energy))(params)
+    return ds.Batch(
+        trajectories=None,
+        rollouts=None,
+        paths=paths,
+        on_policy=jnp.arange(size) < size // 2,
+        target_draws=jnp.arange(size) >= size // 2,
+        count=jnp.asarray(count),
+        key=KEY,
+        sampler=SAMPLER,
+        energy=skewed_energy,
+        **rows_of(size)._asdict(),
+    )
+
+
+def test_each_count_has_its_turn_and_its_own_weights():
+    params = perturbed(SAMPLER.init(KEY), 0.2)
+    seen = []
+
+    def spy(params, state, batch):
+        log_weight = batch.trajectories.log_weight
+        seen.append(batch)
+        return jnp.mean(log_weight), {"ends": batch.paths.xs[:, -1]}
+
+    objective = at_num_steps(log_variance()._replace(loss=spy), (1, 4))
+
+    @jax.jit
+    def run(params, count):
+        batch = batch_of(params, 0)._replace(count=count)
+        return objective.loss({"sampler": params, "objective": {}}, (), batch)
+
+    values = []
+    for count in range(3):
+        value, metrics = run(params, jnp.asarray(count))
+        values.append(float(value))
+        ends = batch_of(params, 0).paths.xs[:, -1]
+        np.testing.assert_allclose(metrics["ends"][4:], ends[4:], rtol=1e-5)
+        assert not np.any(np.isclose(metrics["ends"][:4], ends[:4]))
+        assert (int(metrics["cost"].energy), int(metrics["cost"].gradient)) == (16, 0)
+    assert values[0] == values[2] != values[1]
+    assert [b.sampler.num_steps for b in seen] == [1, 4]
+    assert [b.trajectories.log_generation.shape for b in seen] == [(8, 1), (8, 4)]
+    assert all(b.rollouts is None for b in seen)
+
+
+@pytest.mark.relaxed("dtypes")
+def test_energies_are_counted_and_log_z_is_shared():
+    energy, take = counting_energy(skewed_energy)
+    balance = trajectory_balance()
+    fit = ds.fit(
+        KEY,
+        SAMPLER,
+        ds.objectives.weighted_sum(
+            (log_variance(), 1.0), (at_num_steps(balance, (1, 2)), 1.0)
+        ),
+        energy,
+        num_updates=3,
+        batch_size=8,
+        progress_bar=False,
+    )
+    made = take()
+    assert fit.num_energy_evaluations == made["energy"]
+    assert fit.num_gradient_evaluations == made["gradient"] == 0
+
+
+@pytest.mark.parametrize("num_steps", [(), (0, 1)])
+def test_bad_step_counts(num_steps):
+    with pytest.raises(ValueError, match="step counts of at least 1"):
+        at_num_steps(log_variance(), num_steps)
+
+
+@pytest.mark.parametrize("name", ["reverse_kl", "trust_region_log_variance"])
+def test_objectives_that_cannot(name):
+    with pytest.raises(ValueError, match="draws its own detached paths"):
+        at_num_steps(getattr(ds.objectives, name)(), (1,))
+
+
+@pytest.mark.slow
+@pytest.mark.relaxed("dtypes")
+def test_few_steps_learn_their_own_weights():
+    """A shifted Gaussian of unequal scales: one step can be exact, and becomes so."""
+    mean, sd = jnp.array([1.0, -0.5]), jnp.array([0.3, 1.2])
+
+    def energy(x):
+        return 0.5 * jnp.sum(((x - mean) / sd) ** 2)
+
+    log_z = float(jnp.log(2 * jnp.pi) + jnp.sum(jnp.log(sd)))
+    jeffreys = ds.objectives.weighted_sum(
+        (ds.objectives.reverse_kl_log_derivative(), 1.0),
+        (ds.objectives.forward_kl_log_derivative(), 1.0),
+    )
+    draws = mean + sd * jax.random.normal(KEY, (2_000, 2))
+    fit = ds.fit(
+        KEY,
+        SAMPLER,
+        at_num_steps(jeffreys, (1, 2)),
+        energy,
+        behaviour=ds.behaviours.mixture(
+            (ds.behaviours.on_policy(), 0.5),
+            (ds.behaviours.reference_draws(draws), 0.5),
+        ),
+        optimizer=optax.adam(1e-2),
+        anneal=ds.schedules.cosine_anneal,
+        num_updates=1_500,
+        batch_size=64,
+        progress_bar=False,
+    )
+    for num_steps in (1, 2):
+        few = SAMPLER.with_num_steps(num_steps)
+        found = ds.draw(KEY, few, fit.params, energy, 4_000, probe=draws[:1_000])
+        evidence = found.log_evidence
+        assert log_z - 0.1 < evidence.lower < log_z + 0.01
+        assert log_z - 0.01 < evidence.upper < log_z + 0.1
+        assert found.diagnostics.ess_fraction > 0.9
