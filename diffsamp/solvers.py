@@ -106,13 +106,14 @@ class DPMSolver:
 
     def __call__(self, control: ControlAt, grid: FlowGrid, y: Array) -> Array:
         keep, gain = _of_end(grid)
-        with np.errstate(divide="ignore"):
-            width = np.diff(np.log(grid.alpha) - np.log(grid.sigma))  # inf at the end
-        # x_hat is extrapolated to the middle of the step, but for the first and last
-        ratio = np.zeros(len(width))
-        ratio[1:] = np.where(np.isfinite(width[1:]), width[1:] / width[:-1] / 2, 0.0)
+        noise = grid.sigma / grid.alpha
+        width = np.diff(-np.log(noise[:-1]))
+        ratio = np.zeros(len(keep))  # how far to extrapolate x_hat
+        ratio[1:-1] = width[1:] / width[:-1] / 2  # to the middle of the step
+        if len(keep) > 1:  # to its end, where there is no noise and the log is infinite
+            ratio[-1] = noise[-2] ** 2 / (noise[-3] ** 2 - noise[-2] ** 2)
         rows = (grid.alpha[:-1], grid.sigma[:-1], keep, gain, ratio)
-        rows = (jnp.arange(len(width)), *(jnp.asarray(r, y.dtype) for r in rows))
+        rows = (jnp.arange(len(keep)), *(jnp.asarray(r, y.dtype) for r in rows))
 
         def step(carry, row):
             y, before = carry
@@ -169,5 +170,10 @@ def exponential() -> OneCallSolver:
 
 
 def dpm_solver() -> DPMSolver:
-    """DPM-Solver++(2M): second order with one call a step, from the one before."""
+    """DPM-Solver++(2M): x_hat extrapolated from the step before, one call a step.
+
+    Second order in the logarithm of signal over noise. In the last step, down to no
+    noise at all, that is infinite, and x_hat is extrapolated in the square of noise over
+    signal instead; the last few steps leave an order of about 1.4 altogether.
+    """
     return DPMSolver()
