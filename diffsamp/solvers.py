@@ -173,7 +173,7 @@ def dpm_solver() -> DPMSolver:
     """DPM-Solver++(2M): x_hat extrapolated from the step before, one call a step.
 
     Second order in the logarithm of signal over noise. In the last step, down to no
-    noise at all, that is infinite, and x_hat is extrapolated in the square of noise over
-    signal instead; the last few steps leave an order of about 1.4 altogether.
+    noise at all, that is infinite, and x_hat is extrapolated in the square of noise
+    over signal instead; the last few steps leave an order of about 1.4 altogether.
     """
     return DPMSolver()

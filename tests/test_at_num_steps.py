@@ -65,6 +65,7 @@ def test_each_count_has_its_turn_and_its_own_weights():
     assert all(b.rollouts is None for b in seen)
 
 
+@pytest.mark.slow
 @pytest.mark.relaxed("dtypes")
 def test_energies_are_counted_and_log_z_is_shared():
     energy, take = counting_energy(skewed_energy)
