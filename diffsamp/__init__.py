@@ -19,13 +19,13 @@ from diffsamp import training as training
 from diffsamp.checkpoint import CheckpointError as CheckpointError
 from diffsamp.checkpoint import load as load
 from diffsamp.checkpoint import save as save
+from diffsamp.deterministic import ProbabilityFlow as ProbabilityFlow
+from diffsamp.deterministic import probability_flow as probability_flow
 from diffsamp.diagnostics import Diagnostics as Diagnostics
 from diffsamp.drawing import Draws as Draws
 from diffsamp.drawing import draw as draw
 from diffsamp.drawing import log_weights_of as log_weights_of
 from diffsamp.evaluation import evaluate as evaluate
-from diffsamp.probability_flow import ProbabilityFlow as ProbabilityFlow
-from diffsamp.probability_flow import probability_flow as probability_flow
 from diffsamp.probes import Probe as Probe
 from diffsamp.sampler import Bounds as Bounds
 from diffsamp.sampler import Sampler as Sampler

@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from diffsamp.deterministic import ProbabilityFlow
 from diffsamp.energies import as_energy
-from diffsamp.probability_flow import ProbabilityFlow
 from diffsamp.sampler import Final, Sampler
 from diffsamp.types import Array, Energy, Key, Params
 

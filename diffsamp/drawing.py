@@ -11,9 +11,9 @@ import numpy as np
 
 from diffsamp import batching, evidence, probes
 from diffsamp import diagnostics as judging
+from diffsamp.deterministic import ProbabilityFlow
 from diffsamp.diagnostics import Diagnostics
 from diffsamp.energies import as_energy, as_key
-from diffsamp.probability_flow import ProbabilityFlow
 from diffsamp.sampler import Sampler
 from diffsamp.types import ArrayLike, Energy, Key, LogEvidence, Params
 

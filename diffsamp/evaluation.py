@@ -10,8 +10,8 @@ import jax
 import numpy as np
 
 from diffsamp import batching, diagnostics, drawing, evidence, metrics, probes
+from diffsamp.deterministic import ProbabilityFlow
 from diffsamp.energies import as_key
-from diffsamp.probability_flow import ProbabilityFlow
 from diffsamp.sampler import Sampler
 from diffsamp.types import ArrayLike, Key, Params, Target
 

@@ -112,7 +112,7 @@ def test_few_steps_learn_their_own_weights():
         (ds.objectives.reverse_kl_log_derivative(), 1.0),
         (ds.objectives.forward_kl_log_derivative(), 1.0),
     )
-    draws = mean + sd * jax.random.normal(KEY, (2_000, 2))
+    draws = mean[None] + sd[None] * jax.random.normal(KEY, (2_000, 2))
     fit = ds.fit(
         KEY,
         SAMPLER,

@@ -21,7 +21,7 @@ NAMEDTUPLE = {"_asdict", "_fields", "_make", "_replace"}  # public, whatever the
 # count too, unless they are in LAZY. A new file must be entered here.
 LOW = {"types", "energies"}
 STATIC = LOW | {"schedules", "_distributions", "networks", "buffers"}
-MACHINE = STATIC | {"processes", "sampler", "solvers", "probability_flow", "batching"}
+MACHINE = STATIC | {"processes", "sampler", "solvers", "deterministic", "batching"}
 METHODS = MACHINE | {"samplers", "objectives", "behaviours", "mcmc", "standardise"}
 JUDGE = LOW | {"evidence", "diagnostics", "metrics"}
 ANYTHING = {"*"}
@@ -42,8 +42,8 @@ MAY_IMPORT = {
     # the machine that simulates and scores
     "processes": STATIC,
     "sampler": STATIC | {"processes"},
-    "batching": STATIC | {"sampler", "probability_flow"},
-    "probability_flow": STATIC | {"sampler", "solvers"},
+    "batching": STATIC | {"sampler", "deterministic"},
+    "deterministic": STATIC | {"sampler", "solvers"},
     # the four independent choices
     "samplers": MACHINE,
     "objectives": MACHINE,
