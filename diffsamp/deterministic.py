@@ -18,7 +18,7 @@ import numpy as np
 
 from diffsamp import solvers
 from diffsamp._distributions import standard_normal
-from diffsamp.energies import as_key
+from diffsamp.energies import as_key, bind_condition
 from diffsamp.sampler import Evaluations, Final, Sampler
 from diffsamp.types import Array, Energy, Key, Params
 
@@ -121,8 +121,7 @@ class ProbabilityFlow:
     ) -> Final:
         """One draw with its energy and no weight."""
         x = self(params, key, energy, condition)
-        value = energy(x) if condition is None else energy(x, condition)
-        return Final(x, None, value)
+        return Final(x, None, bind_condition(energy, condition)(x))
 
     def score(self, *args, **options) -> NoReturn:
         """There is no density of a path to score.

@@ -219,13 +219,14 @@ def _by_hand(sampler, params, y, noise):
     ys = noise if noise.shape[0] == sampler.num_steps + 1 else None
     used = []
 
-    def control(network, group, y, t, gain):
+    def control(network, group, y, t, gain, step_size):
         score = -scale * jax.grad(skewed_energy)(jax.lax.stop_gradient(loc + scale * y))
         score = score if network.needs_score else jnp.zeros((0,))
         features = None
         if sampler.backbone is not None:
             features = sampler.backbone(params["backbone"], y, jnp.asarray(t), None)
-        context = Context(score, jnp.asarray(gain), None, features)
+        constants = jnp.asarray(gain), None, features, jnp.asarray(step_size)
+        context = Context(score, *constants)
         return network(params[group], y, jnp.asarray(t), context)
 
     log_volume = jnp.sum(jnp.log(scale))
@@ -234,7 +235,7 @@ def _by_hand(sampler, params, y, noise):
         total = -_log_normal(y, jnp.zeros(2), jnp.ones(2)) + log_volume
     for k in range(sampler.num_steps):
         t, t_next, gain = table.times[k], table.times[k + 1], table.score_gain[k]
-        u = control(sampler.generation, "generation", y, t, gain)
+        u = control(sampler.generation, "generation", y, t, gain, t_next - t)
         generation = table.generation_decay, table.generation_std
         mean, std = _kernel(sampler, k, y, *generation, u, sampler.generation_bounds)
         used.append((ys[k + 1] - mean) / std if ys is not None else noise[k])
@@ -242,7 +243,8 @@ def _by_hand(sampler, params, y, noise):
         total -= _log_normal(y_next, mean, std) - log_volume
         v = jnp.zeros(2)
         if sampler.destruction is not None:
-            v = control(sampler.destruction, "destruction", y_next, t_next, gain)
+            at = y_next, t_next, gain, t_next - t
+            v = control(sampler.destruction, "destruction", *at)
         destruction = table.destruction_decay, table.destruction_std
         bounds = sampler.destruction_bounds
         mean, std = _kernel(sampler, k, y_next, *destruction, v, bounds)

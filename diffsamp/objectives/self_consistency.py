@@ -150,8 +150,9 @@ def self_consistency(
         del batch
         if ema_decay is None:
             return average
+        rate = 1 - ema_decay
         return jax.tree.map(
-            lambda old, new: old + (1 - ema_decay) * (new - old),
+            lambda old, new: old + rate * (new - old),
             average,
             params["sampler"],
         )
