@@ -218,6 +218,26 @@ def rows_of(size):
     return ds.Request(jnp.zeros((size, 0)), jnp.zeros((size,), jnp.int32))
 
 
+def batch_of_paths(sampler, params, size, key, **fields):
+    """An unscored batch of on-policy paths on the skewed energy; fields override."""
+    keys = jax.random.split(key, size)
+    simulate = jax.vmap(sampler.simulate, in_axes=(None, 0, None))
+    paths = jax.jit(lambda params: simulate(params, keys, skewed_energy))(params)
+    defaults = {
+        "trajectories": None,
+        "rollouts": None,
+        "paths": paths,
+        "on_policy": jnp.ones(size, bool),
+        "target_draws": jnp.zeros(size, bool),
+        "count": jnp.asarray(0),
+        "key": key,
+        "sampler": sampler,
+        "energy": skewed_energy,
+        **rows_of(size)._asdict(),
+    }
+    return ds.Batch(**(defaults | fields))
+
+
 def perturbed(params, scale, seed=1):
     """Parameters moved at random, so that no factor or sign hides behind a zero."""
     rng = np.random.default_rng(seed)

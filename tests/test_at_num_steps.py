@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from tables import SMALL, counting_energy, perturbed, rows_of, skewed_energy
+from tables import SMALL, batch_of_paths, counting_energy, perturbed, skewed_energy
 
 import diffsamp as ds
 from diffsamp.objectives import at_num_steps, log_variance, trajectory_balance
@@ -17,22 +17,10 @@ SAMPLER = ds.samplers.scds(
 )
 
 
-def batch_of(params, count, size=8):
-    keys = jax.random.split(KEY, size)
-    simulate = jax.vmap(SAMPLER.simulate, in_axes=(None, 0, None))
-    paths = jax.jit(lambda p: simulate(p, keys, skewed_energy))(params)
-    return ds.Batch(
-        trajectories=None,
-        rollouts=None,
-        paths=paths,
-        on_policy=jnp.arange(size) < size // 2,
-        target_draws=jnp.arange(size) >= size // 2,
-        count=jnp.asarray(count),
-        key=KEY,
-        sampler=SAMPLER,
-        energy=skewed_energy,
-        **rows_of(size)._asdict(),
-    )
+def half_on_policy(params):
+    first = jnp.arange(8) < 4
+    rows = {"on_policy": first, "target_draws": ~first}
+    return batch_of_paths(SAMPLER, params, 8, KEY, **rows)
 
 
 def test_each_count_has_its_turn_and_its_own_weights():
@@ -48,14 +36,14 @@ def test_each_count_has_its_turn_and_its_own_weights():
 
     @jax.jit
     def run(params, count):
-        batch = batch_of(params, 0)._replace(count=count)
+        batch = half_on_policy(params)._replace(count=count)
         return objective.loss({"sampler": params, "objective": {}}, (), batch)
 
     values = []
     for count in range(3):
         value, metrics = run(params, jnp.asarray(count))
         values.append(float(value))
-        ends = batch_of(params, 0).paths.xs[:, -1]
+        ends = half_on_policy(params).paths.xs[:, -1]
         np.testing.assert_allclose(metrics["ends"][4:], ends[4:], rtol=1e-5)
         assert not np.any(np.isclose(metrics["ends"][:4], ends[:4]))
         assert (int(metrics["cost"].energy), int(metrics["cost"].gradient)) == (16, 0)

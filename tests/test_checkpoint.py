@@ -590,7 +590,7 @@ def test_killed_runs_end_with_the_same_bits(tmp_path):
     path = tmp_path / "killed.run"
     chance = random.Random(0)
     sizes = []
-    for _ in range(2):
+    for _ in range(3):
         before = _bytes(path)
         process = _start(tmp_path, "killed")
         while _bytes(path) == before and process.poll() is None:
@@ -600,7 +600,7 @@ def test_killed_runs_end_with_the_same_bits(tmp_path):
         assert process.wait() == -signal.SIGKILL  # it was still at work
         assert not (tmp_path / "killed.result").exists()
         sizes.append(len(_bytes(path)))
-    assert 0 < sizes[0] < sizes[1]  # the metrics grow: each life got further
+    assert 0 < sizes[0] < sizes[1] < sizes[2]  # the metrics grow: each life got further
     _finish(_start(tmp_path, "killed"), tmp_path)
     assert _bytes(tmp_path / "killed.result") == _bytes(tmp_path / "whole.result")
     # Buffer, particles, log Z and metrics as well.

@@ -317,7 +317,8 @@ def test_evaluations_are_counted_as_they_are_made(name):
     back = jax.jit(lambda p, k, x: sampler.trace_back(p, k, x, energy))
     back(params, jax.random.key(1), trajectory.x)
     assert take() == expected
-    assert per_path.network == K * len(params)
+    shared = sampler.backbone is not None  # evaluated once per state
+    assert per_path.network == (K + 1 if shared else K * len(params))
 
 
 # -- conditional energies -------------------------------------------------------------

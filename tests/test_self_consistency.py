@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from tables import (
     SMALL,
+    batch_of_paths,
     counting_energy,
     mostly_slow,
     perturbed,
-    rows_of,
     skewed_energy,
 )
 
@@ -63,26 +63,8 @@ def sampler_of(network, num_steps, **options):
     return ds.samplers.scds(2, num_steps, network=network, **fields)
 
 
-def batch_for(sampler, params, size=64, energy=skewed_energy, count=0):
-    keys = jax.random.split(KEY, size)
-    simulate = jax.vmap(sampler.simulate, in_axes=(None, 0, None))
-    paths = jax.jit(lambda params: simulate(params, keys, energy))(params)
-    return ds.Batch(
-        trajectories=None,
-        rollouts=None,
-        paths=paths,
-        on_policy=jnp.ones(size, bool),
-        target_draws=jnp.zeros(size, bool),
-        count=jnp.asarray(count),
-        key=KEY,
-        sampler=sampler,
-        energy=energy,
-        **rows_of(size)._asdict(),
-    )
-
-
-def loss_of(objective, sampler, params, state=(), **options):
-    batch = batch_for(sampler, params, **options)
+def loss_of(objective, sampler, params, state=(), count=0):
+    batch = batch_of_paths(sampler, params, 64, KEY, count=jnp.asarray(count))
 
     @jax.jit
     def run(params):
@@ -115,7 +97,7 @@ def test_one_pair_by_hand(x64):
     network = ds.networks.annealed_score_guided(**SMALL, step_conditioned=True)
     sampler = sampler_of(network, 2)
     params = perturbed(sampler.init(KEY), 0.3)
-    batch = batch_for(sampler, params, size=5)
+    batch = batch_of_paths(sampler, params, 5, KEY)
     short, long = sampler.steps(), sampler.with_num_steps(1).steps()
     scale = jnp.array(SCALE)
 

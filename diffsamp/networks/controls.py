@@ -54,8 +54,13 @@ class _Head(nn.Module):
 
 def _head(module) -> _Head:
     """Of a module with the same fields."""
-    names = ("width", "depth", "output_clip", "learn_variance", "step_conditioned")
-    return _Head(**{name: getattr(module, name) for name in names})
+    return _Head(
+        module.width,
+        module.depth,
+        module.output_clip,
+        module.learn_variance,
+        module.step_conditioned,
+    )
 
 
 class FreeModule(nn.Module):

@@ -25,9 +25,9 @@ from collections.abc import Sequence
 
 from diffsamp import networks, schedules
 from diffsamp.networks import Control
-from diffsamp.processes import VariancePreserving
 from diffsamp.sampler import Bounds, Sampler
 from diffsamp.samplers.common import DEFAULT_BOUNDS
+from diffsamp.samplers.dis import dis
 
 
 def scds(
@@ -83,20 +83,19 @@ def scds(
     """
     if learn_destruction and destruction_network is None:
         destruction_network = networks.free(learn_variance=True, step_conditioned=True)
-    return Sampler(
-        dim=dim,
-        num_steps=num_steps,
-        process=VariancePreserving(
-            schedule or schedules.geometric(), time_grid or schedules.power_grid()
-        ),
-        generation=network
+    return dis(
+        dim,
+        num_steps,
+        loc=loc,
+        scale=scale,
+        schedule=schedule,
+        time_grid=time_grid,
+        network=network
         or networks.annealed_score_guided(
             learn_variance=learn_generation_variance, step_conditioned=True
         ),
-        destruction=destruction_network,
-        loc=loc,
-        scale=scale,
-        condition_dim=condition_dim,
+        destruction_network=destruction_network,
         generation_bounds=generation_bounds,
         destruction_bounds=destruction_bounds,
+        condition_dim=condition_dim,
     )
