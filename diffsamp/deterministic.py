@@ -1,15 +1,26 @@
-"""Deterministic draws along the probability flow of a trained sampler, without weights.
+"""Deterministic draws along the probability flow of a trained sampler.
 
 The flow has the marginals of the generation process if the control is right, and of
 nothing in particular if it is not. Its solution in K steps is a map of the reference's
-draws of which nobody knows whether it is one to one, and so no weight is returned and
-no log Z: take those from the sampler itself, whose kernels have one at every number of
-steps.
+draws, and such draws have a density, and so a weight, only if the map is one to one.
+
+Nobody knows that of a network in general, and then no weight is returned. It is known
+of a step ``y' = a y + b c(y)`` where a is not 0 and the displacement b c(y) / a has a
+Lipschitz constant L below 1 (Behrmann et al. 2019, arXiv 1811.00995): then the step
+has one inverse, the limit of ``y <- (y' - b c(y)) / a``, and
+
+    log_weight = -energy(x_K) - log p_0(x_0) + sum_k log |det(a_k I + b_k dc_k/dy)|
+
+is exact, by the change of variables in each step; the determinants are those of full
+Jacobians, which takes D more network evaluations a step. `networks.contractive` has the
+constant it was asked for, whatever its parameters. ``b / a`` shrinks with the step, so
+that a flow may be certified with many steps and not with one.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import NoReturn
 
 import jax
@@ -17,12 +28,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffsamp import solvers
-from diffsamp._distributions import standard_normal
+from diffsamp._distributions import normal_log_prob, standard_normal
 from diffsamp.energies import as_key, bind_condition
 from diffsamp.sampler import Evaluations, Final, Sampler
-from diffsamp.types import Array, Energy, Key, Params
+from diffsamp.types import Array, Energy, Key, Params, Trajectory
 
 _FROZEN = solvers.frozen()
+_PRECISION = 1e-8  # of the inverse, relative to the first guess's error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,16 +61,57 @@ class ProbabilityFlow:
         return self.sampler.num_steps
 
     @property
-    def evaluations_per_path(self) -> Evaluations:
-        """Cost of a draw and its energy."""
-        calls = self.solver.num_calls(self.num_steps)
-        if self.sampler.needs_score:
-            return Evaluations(1, calls, calls)
-        return Evaluations(1, 0, calls)
+    def lipschitz(self) -> float | None:
+        """The largest Lipschitz constant of a step's displacement.
+
+        After the affine part of the step has been factored out; None where no bound is
+        known.
+        """
+        bound = getattr(self.sampler.generation, "lipschitz", None)
+        if bound is None or not isinstance(self.solver, solvers.OneCallSolver):
+            return None
+        keep, gain = self.solver.coefficients(self.grid)
+        if not np.all(keep != 0):
+            return None
+        return float(bound * np.max(np.abs(gain / keep)))
+
+    @property
+    def why_no_weight(self) -> str | None:
+        """Why draws have no valid weight; None where they have one."""
+        advice = (
+            "take weights from the stochastic sampler itself, flow.sampler, or build "
+            "it with ds.networks.contractive and use a solver of one call per step"
+        )
+        bound = self.lipschitz
+        if bound is None:
+            return f"this flow is not known to be one to one; {advice}"
+        if bound >= 1:
+            return (
+                f"a step of this flow need not be one to one: its displacement has a "
+                f"Lipschitz constant of up to {bound:.3g}, which must be below 1; use "
+                f"more steps than {self.num_steps}, or {advice}"
+            )
+        return None
 
     @property
     def has_weights(self) -> bool:
-        return False
+        """Whether every step is certified to be one to one."""
+        return self.why_no_weight is None
+
+    @property
+    def evaluations_per_path(self) -> Evaluations:
+        """Cost of a draw and its energy; with Jacobians where there are weights."""
+        calls = self.solver.num_calls(self.num_steps)
+        if self.sampler.needs_score:
+            return Evaluations(1, calls, calls)
+        return Evaluations(1, 0, calls * (1 + self.dim * self.has_weights))
+
+    @property
+    def evaluations_per_trace(self) -> Evaluations:
+        """Cost of a weighted path that ends in a given point."""
+        forward = self.evaluations_per_path
+        inverse = self.num_steps * self._num_iterations
+        return forward._replace(network=forward.network + inverse)
 
     def with_num_steps(self, num_steps: int) -> ProbabilityFlow:
         """The same on a grid of ``num_steps`` steps."""
@@ -84,11 +137,7 @@ class ProbabilityFlow:
             energy: maps [D] to [], or ([D], condition) to [].
             condition: [condition_dim], or None.
         """
-        sampler = self.sampler
-        dtype = jax.dtypes.canonicalize_dtype(float)
-        place = jax.random.fold_in(as_key(key), self.num_steps)
-        start = standard_normal(place, (self.dim,), dtype)
-        return self.solve(params, sampler.original(start), energy, condition)
+        return self.solve(params, self._start(key), energy, condition)
 
     def solve(
         self, params: Params, x: Array, energy: Energy, condition: Array | None = None
@@ -97,17 +146,100 @@ class ProbabilityFlow:
 
         Differentiable in x and params; scores carry no gradient.
         """
-        sampler, steps = self.sampler, self.sampler.steps()
-        sampler.check_energy(energy, condition)
+        self.check_energy(energy, condition)
+        control = self._control(params, energy, condition)
+        y = self.solver(control, self.grid, self.sampler.unit(jnp.asarray(x)))
+        return self.sampler.original(y)
 
-        def control(k, y):
-            x = sampler.original(y)
-            score = sampler.score_at(energy, x, condition)
-            step = jax.tree.map(lambda column: column[k], steps)
-            return sampler.flow_control(params, step, x, score, condition)
+    def transport(
+        self, params: Params, x: Array, energy: Energy, condition: Array | None = None
+    ) -> Trajectory:
+        """`solve` with all states on the way and the weight of the end.
 
-        y = self.solver(control, self.grid, sampler.unit(jnp.asarray(x)))
-        return sampler.original(y)
+        Args:
+            params: parameters.
+            x: a point of the reference, [D].
+            energy: as in `__call__`.
+            condition: [condition_dim], or None.
+
+        Returns:
+            A `Trajectory`, whose log_generation is minus the log-determinants of the
+            steps, and log_destruction zero.
+
+        Raises:
+            ValueError: when the flow has no valid weight.
+        """
+        self._check_weight()
+        self.check_energy(energy, condition)
+        control = self._control(params, energy, condition)
+
+        def step(y, row):
+            k, keep, gain = row
+
+            def move(y):
+                moved = keep * y + gain * control(k, y)
+                return moved, moved
+
+            jacobian, moved = jax.jacfwd(move, has_aux=True)(y)
+            return moved, (y, jnp.linalg.slogdet(jacobian)[1])
+
+        y, rows = self.sampler.unit(jnp.asarray(x)), self._rows
+        y, (ys, log_dets) = jax.lax.scan(step, y, rows)
+        ys = jnp.concatenate([ys, y[None]])
+        return self._weighted(ys, log_dets, energy, condition)
+
+    def trace_back(
+        self,
+        params: Params,
+        key: Key,
+        x: Array,
+        energy: Energy,
+        condition: Array | None = None,
+    ) -> Trajectory:
+        """The one path that ends in x [D]; the key is not used.
+
+        Raises:
+            ValueError: when the flow has no valid weight.
+        """
+        del key
+        self._check_weight()
+        self.check_energy(energy, condition)
+        control = self._control(params, energy, condition)
+
+        def step(y_next, row):
+            k, keep, gain = row
+
+            def improve(_, y):
+                return (y_next - gain * control(k, y)) / keep
+
+            y = jax.lax.fori_loop(0, self._num_iterations, improve, y_next / keep)
+            return y, None
+
+        end = self.sampler.unit(jnp.asarray(x))
+        y, _ = jax.lax.scan(step, end, self._rows, reverse=True)
+        return self.transport(params, self.sampler.original(y), energy, condition)
+
+    def final(
+        self, params: Params, key: Key, energy: Energy, condition: Array | None = None
+    ) -> Final:
+        """One draw with its energy, and its weight where there is one."""
+        start = self._start(key)
+        if self.has_weights:
+            path = self.transport(params, start, energy, condition)
+            return Final(path.x, path.log_weight, path.energy)
+        x = self.solve(params, start, energy, condition)
+        return Final(x, None, bind_condition(energy, condition)(x))
+
+    def score(self, *args, **options) -> NoReturn:
+        """There is no density of a path to score; see `transport`.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            "a path of a flow has no density of its own; the weight of its end, where "
+            "there is one, is that of flow.transport(params, xs[0], energy)"
+        )
 
     @property
     def grid(self) -> solvers.FlowGrid:
@@ -116,34 +248,51 @@ class ProbabilityFlow:
         alpha = np.append(np.cumprod(decay[::-1])[::-1], 1.0)
         return solvers.FlowGrid(alpha, np.sqrt(1 - alpha**2))
 
-    def final(
-        self, params: Params, key: Key, energy: Energy, condition: Array | None = None
-    ) -> Final:
-        """One draw with its energy and no weight."""
-        x = self(params, key, energy, condition)
-        return Final(x, None, bind_condition(energy, condition)(x))
+    def _start(self, key):
+        dtype = jax.dtypes.canonicalize_dtype(float)
+        place = jax.random.fold_in(as_key(key), self.num_steps)
+        return self.sampler.original(standard_normal(place, (self.dim,), dtype))
 
-    def score(self, *args, **options) -> NoReturn:
-        """There is no density of a path to score.
+    def _control(self, params, energy, condition):
+        sampler, steps = self.sampler, self.sampler.steps()
 
-        Raises:
-            ValueError: always.
-        """
-        raise ValueError(_NO_WEIGHT)
+        def control(k, y):
+            x = sampler.original(y)
+            score = sampler.score_at(energy, x, condition)
+            step = jax.tree.map(lambda column: column[k], steps)
+            return sampler.flow_control(params, step, x, score, condition)
 
-    def trace_back(self, *args, **options) -> NoReturn:
-        """There is no destruction kernel of a deterministic path.
+        return control
 
-        Raises:
-            ValueError: always.
-        """
-        raise ValueError(_NO_WEIGHT)
+    @property
+    def _rows(self):
+        assert isinstance(self.solver, solvers.OneCallSolver)
+        columns = (np.arange(self.num_steps), *self.solver.coefficients(self.grid))
+        dtype = jax.dtypes.canonicalize_dtype(float)
+        index, *others = columns
+        return (jnp.asarray(index), *(jnp.asarray(c, dtype) for c in others))
 
+    @property
+    def _num_iterations(self) -> int:
+        bound = self.lipschitz
+        if bound is None or not 0 < bound < 1:
+            return 0
+        return math.ceil(math.log(_PRECISION) / math.log(bound))
 
-_NO_WEIGHT = (
-    "a deterministic flow of unknown injectivity has no valid weight; take weights "
-    "from the stochastic sampler itself, flow.sampler"
-)
+    def _weighted(self, ys, log_dets, energy, condition):
+        xs = self.sampler.original(ys)
+        value = bind_condition(energy, condition)(xs[-1])
+        scale = np.broadcast_to(np.asarray(self.sampler.scale, np.float64), (self.dim,))
+        start, one = ys[0], jnp.ones((), ys.dtype)
+        log_prior = normal_log_prob(start, jnp.zeros_like(start), one)
+        log_prior -= float(np.sum(np.log(scale)))
+        log_weight = -value - log_prior + jnp.sum(log_dets)
+        zeros = jnp.zeros_like(log_dets)
+        return Trajectory(xs, xs[-1], log_weight, log_prior, -log_dets, zeros, value)
+
+    def _check_weight(self):
+        if self.why_no_weight is not None:
+            raise ValueError(f"no valid weight: {self.why_no_weight}")
 
 
 def probability_flow(
@@ -151,7 +300,8 @@ def probability_flow(
 ) -> ProbabilityFlow:
     """Deterministic draws of a sampler's control.
 
-    `draw` takes it in place of a sampler and returns draws without weights.
+    `draw` takes it in place of a sampler. Draws have weights where every step is
+    certified to be one to one (`ProbabilityFlow.why_no_weight`), and none otherwise.
 
     Args:
         sampler: a sampler on a variance-preserving process (dis, dds, scds).
@@ -170,5 +320,7 @@ def probability_flow(
         >>> draws = ds.draw(jax.random.key(1), flow, params, target.energy, 100)
         >>> draws.x.shape, draws.log_weight
         ((100, 2), None)
+        >>> print(flow.why_no_weight.partition(";")[0])
+        this flow is not known to be one to one
     """
     return ProbabilityFlow(sampler, solver)

@@ -438,6 +438,7 @@ def verdict(
     ess_fraction: float = 1.0,
     num_draws: int | None = None,
     num_nonfinite: int = 0,
+    why_no_weight: str | None = None,
 ) -> str:
     """One sentence on what the draws are good for, and what to change.
 
@@ -456,6 +457,7 @@ def verdict(
         ess_fraction: ESS over the number of draws, in [0, 1].
         num_draws: number of draws, where known.
         num_nonfinite: number of weights that are NaN or infinite.
+        why_no_weight: why there are no weights, where there are none.
 
     Returns:
         The sentence.
@@ -468,10 +470,12 @@ def verdict(
         'trust'
     """
     if pareto_k is None:
+        why = why_no_weight or (
+            "use a stochastic sampler, or correct the draws by MCMC"
+        )
         return (
-            "do not trust: no valid weights exist for this sampler, so nothing about "
-            "the draws can be checked; use a stochastic sampler, or correct the draws "
-            "by MCMC"
+            "do not trust: no valid weights exist, so nothing about the draws can be "
+            f"checked; {why}"
         )
     if is_collapsed(coverage):
         assert coverage is not None
@@ -538,6 +542,7 @@ def diagnose(
     num_energy_evaluations: int | None = None,
     num_gradient_evaluations: int | None = None,
     num_network_evaluations: int | None = None,
+    why_no_weight: str | None = None,
 ) -> Diagnostics:
     """All diagnostics of a set of draws, with the verdict.
 
@@ -549,6 +554,7 @@ def diagnose(
         num_energy_evaluations: energies evaluated for these draws.
         num_gradient_evaluations: energy gradients evaluated.
         num_network_evaluations: network evaluations.
+        why_no_weight: why there are no weights, for the verdict.
 
     Returns:
         `Diagnostics`; without weights its ESS and k-hat are NaN.
@@ -566,7 +572,8 @@ def diagnose(
     counts = (num_energy_evaluations, num_gradient_evaluations, num_network_evaluations)
     if log_weight is None:
         nan = float("nan")
-        return Diagnostics(nan, nan, nan, None, None, *counts, 0, False, verdict(None))
+        said = verdict(None, why_no_weight=why_no_weight)
+        return Diagnostics(nan, nan, nan, None, None, *counts, 0, False, said)
     _check_vector("log_weight", log_weight)
     num_draws = int(np.shape(log_weight)[0])
     ess = float(effective_sample_size(log_weight))

@@ -90,7 +90,7 @@ def draw(
 
     Args:
         key: random key; consumed.
-        sampler: the sampler, or a `probability_flow`, whose draws have no weights.
+        sampler: the sampler, or a `probability_flow`.
         params: its parameters, ``fit.params``.
         energy: maps [D] to []; ``target.energy``.
         num_draws: N.
@@ -122,7 +122,8 @@ def draw(
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     if probe is not None and not sampler.has_weights:
         raise ValueError(
-            "a probe compares weights, and this flow has none; leave out probe="
+            "a probe compares weights, and these draws have none: "
+            f"{sampler.why_no_weight}"
         )
     key, energy = as_key(key), as_energy(energy)
     condition = _as_condition(condition)
@@ -147,7 +148,8 @@ def draw(
         probe_weights = probe.weights
         if probe.target_draws:
             target_log_weight = probe_log_weight
-        counts = [c + len(probe.x) * p for c, p in zip(counts, price, strict=True)]
+        per_trace = sampler.evaluations_per_trace
+        counts = [c + len(probe.x) * p for c, p in zip(counts, per_trace, strict=True)]
         counts[0] += probe.num_energy_evaluations
         counts[1] += probe.num_gradient_evaluations
     report = judging.diagnose(
@@ -157,6 +159,7 @@ def draw(
         num_energy_evaluations=counts[0],
         num_gradient_evaluations=counts[1],
         num_network_evaluations=counts[2],
+        why_no_weight=sampler.why_no_weight,
     )
     return Draws(
         x=np.asarray(final.x),
@@ -198,10 +201,10 @@ def log_weights_of(
 
     Raises:
         ValueError: when x is not of shape [M, D], condition of another shape, or the
-            sampler is a flow, which has no weights.
+            sampler is a flow that has no weights.
     """
-    if not isinstance(sampler, Sampler):
-        sampler.trace_back()  # says why there are none
+    if not sampler.has_weights:
+        raise ValueError(f"no valid weight: {sampler.why_no_weight}")
     x = jnp.asarray(x, jax.dtypes.canonicalize_dtype(float))
     if x.ndim != 2 or x.shape[1] != sampler.dim or x.shape[0] == 0:
         raise ValueError(f"x must have shape [M, {sampler.dim}], got {list(x.shape)}")

@@ -137,7 +137,7 @@ def evaluate(
         )
         forward = evidence.log_z_from_target_draws(log_weight)
         names = ("energy", "gradient", "network")
-        for name, price in zip(names, sampler.evaluations_per_path, strict=True):
+        for name, price in zip(names, sampler.evaluations_per_trace, strict=True):
             out[f"num_{name}_evaluations"] += len(exact[1]) * price
         out["eubo"] = evidence.eubo(log_weight).estimate
         out["log_z_forward"], out["log_z_forward_standard_error"] = forward

@@ -171,3 +171,47 @@ class Brownian:
             destruction_std=std,
             score_gain=0.5 * std * np.sqrt(num_steps),
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class Renoising:
+    """Jump to the end of the path and noise it anew: multistep consistency sampling.
+
+    With alpha^2 = alpha_bar from the schedule and sigma^2 = 1 - alpha^2 at the end of a
+    step, generation is ``p(y' | y) = N(alpha' f, sigma'^2 + smallest_std^2)``, where f
+    is the whole of the control's part, ``std sqrt(h) u = alpha' f``: a control returns
+    ``gain f``. Destruction is that of `VariancePreserving`. The last step would have no
+    noise at all, and no density, without ``smallest_std``. Song et al. 2023.
+    """
+
+    schedule: NoiseSchedule
+    time_grid: TimeGrid = PowerGrid(1.0)
+    smallest_std: float = 0.01
+
+    def __post_init__(self):
+        if not 0 < self.smallest_std < 1:
+            raise ValueError(
+                "smallest_std must lie strictly between 0 and 1: without noise in the "
+                f"last step there is no density, got {self.smallest_std}"
+            )
+
+    @property
+    def point_mass(self) -> bool:
+        return False
+
+    @property
+    def has_flow(self) -> bool:
+        return False
+
+    @functools.lru_cache(maxsize=64)  # noqa: B019 - frozen and small
+    def coefficients(self, num_steps: int) -> Coefficients:
+        table = VariancePreserving(self.schedule, self.time_grid).coefficients(
+            num_steps
+        )
+        signal = self.schedule.signal(table.times[1:])
+        std = np.sqrt(1 - signal + self.smallest_std**2)
+        return table._replace(
+            generation_decay=np.zeros(num_steps),
+            generation_std=std,
+            score_gain=np.sqrt(signal * num_steps) / std,
+        )

@@ -27,7 +27,7 @@ from jax.ad_checkpoint import checkpoint_name
 from diffsamp._distributions import normal_log_prob, standard_normal
 from diffsamp.energies import as_key, bind_condition, check_energy
 from diffsamp.networks import Backbone, Context, Control
-from diffsamp.processes import Process
+from diffsamp.processes import Process, Renoising
 from diffsamp.types import Array, Energy, Key, Params, Path, Trajectory
 
 _EVALUATED = "energy and score"  # what rematerialisation keeps: O(K D) numbers
@@ -41,20 +41,35 @@ class Bounds:
         log_variance: c: the learned log-variance is the reference's plus
             ``c tanh(s / c)`` for a network output s.
         shift: m: the mean moves by ``m tanh(d / m)`` standard deviations of the
-            reference's kernel instead of d of them; None for no bound.
+            reference's kernel instead of d of them, and so does the residual of a mean
+            tied to the flow; None for no bound.
+        finest: number of steps F at which the kernel is to be the reference's with the
+            drift of generation alone: with K of them everything else that is learned
+            is multiplied by ``((F/K - 1) / (F - 1))^(1/2)``, by 0 from F steps on. None
+            for no such factor.
 
     Raises:
-        ValueError: when a bound is not positive and finite.
+        ValueError: when a bound is not positive and finite, or finest is below 2.
     """
 
     log_variance: float = 4.0
     shift: float | None = None
+    finest: int | None = None
 
     def __post_init__(self):
         for name in ("log_variance", "shift"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name} must be positive and finite, got {value}")
+        if self.finest is not None and self.finest < 2:
+            raise ValueError(f"finest must be at least 2 or None, got {self.finest}")
+
+    def freedom(self, num_steps: int) -> float:
+        """What `finest` multiplies with."""
+        if self.finest is None:
+            return 1.0
+        share = (self.finest / num_steps - 1) / (self.finest - 1)
+        return math.sqrt(max(share, 0.0))
 
 
 class Evaluations(NamedTuple):
@@ -287,14 +302,24 @@ class Sampler:
         return True
 
     @property
+    def why_no_weight(self) -> None:
+        """Why draws have no valid weight: they have one."""
+        return None
+
+    @property
     def evaluations_per_path(self) -> Evaluations:
-        """Cost of drawing one weighted path, or of tracing one back and scoring it."""
+        """Cost of drawing one weighted path."""
         networks = self.num_steps * (1 + (self.destruction is not None))
         if self.backbone is not None:  # once per state; the heads are nothing
             networks = self.num_steps + 1
         if self.needs_score:
             return Evaluations(0, self.num_steps + 1, networks)
         return Evaluations(1, 0, networks)
+
+    @property
+    def evaluations_per_trace(self) -> Evaluations:
+        """Cost of tracing a path back and scoring it: the same."""
+        return self.evaluations_per_path
 
     def check_energy(self, energy: Energy, condition: Any = None) -> None:
         """Checks, by shapes alone, that energy and condition fit the sampler.
@@ -420,10 +445,42 @@ class Sampler:
         """
         self.check_flow()
         y = self.unit(x)
-        features = self._features(params, y, step.time, condition)
-        mean, _ = self._generate(params, step, y, _Seen(score, features), condition)
-        decay = step.generation_decay
-        return 0.5 * (mean - decay * y) / (1 - decay)
+        seen = _Seen(score, self._features(params, y, step.time, condition))
+        control = self._generation_control(params, step, y, seen, condition)
+        mean, decay = step.generation_decay * y, step.generation_decay
+        controlled, _ = self._controlled(
+            step, mean, step.generation_std, control, self.generation_bounds
+        )
+        return 0.5 * (controlled - mean) / (1 - decay)
+
+    def predicted_end(
+        self, params: Params, time: Array, x: Array, condition: Array | None = None
+    ) -> Array:
+        """The consistency function f(x, t): the end of the flow through x [D] at t [].
+
+        Differentiable in all of them.
+
+        Raises:
+            ValueError: when the sampler has no such function.
+        """
+        self.check_predicts_end()
+        y = self.unit(x)
+        empty, one = jnp.zeros((0,), y.dtype), jnp.ones((), y.dtype)
+        context = Context(empty, one, condition, None, 1 - time)
+        control = self.generation(params["generation"], y, time, context)
+        return self.original(control[: self.dim])
+
+    def check_predicts_end(self) -> None:
+        """Checks that the generation network is a consistency function.
+
+        Raises:
+            ValueError: when it is not.
+        """
+        if not isinstance(self.process, Renoising):
+            raise ValueError(
+                f"{type(self.process).__name__} has no network that predicts the end "
+                "of a path; the student must be a ds.samplers.cdds"
+            )
 
     def check_flow(self) -> None:
         """Checks that the process has a probability flow.
@@ -532,13 +589,23 @@ class Sampler:
             return None
         return self.backbone(params["backbone"], y, time, condition)
 
-    def _generate(self, params, step: Step, y, seen: _Seen, condition):
+    def _generation_control(self, params, step: Step, y, seen: _Seen, condition):
         context = _context(step, seen, condition)
-        control = self.generation(params["generation"], y, step.time, context)
+        return self.generation(params["generation"], y, step.time, context)
+
+    def _generate(self, params, step: Step, y, seen: _Seen, condition):
+        control = self._generation_control(params, step, y, seen, condition)
+        bounds, reference_std = self.generation_bounds, step.generation_std
         mean = step.generation_decay * y
-        return self._controlled(
-            step, mean, step.generation_std, control, self.generation_bounds
-        )
+        controlled, std = self._controlled(step, mean, reference_std, control, bounds)
+        if control.shape != (3 * self.dim,):
+            return controlled, std
+        self.check_flow()
+        flow = y + 0.5 * (controlled - mean)
+        ratio = jnp.minimum((std / reference_std) ** 2, 1.0)
+        residual = self._shift(step, control[2 * self.dim :], bounds)
+        residual = residual * bounds.freedom(self.num_steps)
+        return flow + ratio * (controlled - flow) + reference_std * residual, std
 
     def _destroy(self, params, step: Step, y_next, seen: _Seen, condition):
         mean, std = step.destruction_decay * y_next, step.destruction_std
@@ -548,23 +615,35 @@ class Sampler:
         control = self.destruction(
             params["destruction"], y_next, step.next_time, context
         )
-        return self._controlled(step, mean, std, control, self.destruction_bounds)
+        if control.shape == (3 * self.dim,):
+            raise ValueError(
+                "only the generation kernel can be tied to the probability flow; build "
+                "the destruction network without flow_tied=True"
+            )
+        bounds = self.destruction_bounds
+        moved, std = self._controlled(step, mean, std, control, bounds)
+        return mean + bounds.freedom(self.num_steps) * (moved - mean), std
 
     def _controlled(self, step: Step, mean, std, control, bounds: Bounds):
-        """Adds a control to a kernel of the reference."""
-        if control.shape not in ((self.dim,), (2 * self.dim,)):
+        """Adds drift and log-variances of a control to a kernel of the reference."""
+        dim = self.dim
+        if control.shape not in ((dim,), (2 * dim,), (3 * dim,)):
             raise ValueError(
-                f"network must return [{self.dim}] or, with log-variances, "
-                f"[{2 * self.dim}] numbers for one point, got {list(control.shape)}"
+                f"network must return [{dim}] or, with log-variances, [{2 * dim}] or, "
+                f"tied to the flow, [{3 * dim}] numbers for one point, got "
+                f"{list(control.shape)}"
             )
-        shift = control[: self.dim].astype(mean.dtype) * step.shift_scale
-        if bounds.shift is not None:
-            shift = _within(shift, bounds.shift)
-        mean = mean + std * shift
-        if control.shape[-1] > self.dim:
-            log_variance = control[self.dim :].astype(mean.dtype)
-            std = std * jnp.exp(0.5 * _within(log_variance, bounds.log_variance))
+        mean = mean + std * self._shift(step, control[:dim], bounds)
+        if control.shape[-1] > dim:
+            log_variance = control[dim : 2 * dim].astype(mean.dtype)
+            log_ratio = _within(log_variance, bounds.log_variance)
+            std = std * jnp.exp(0.5 * bounds.freedom(self.num_steps) * log_ratio)
         return mean, std
+
+    def _shift(self, step: Step, control, bounds: Bounds):
+        """In standard deviations of the reference's kernel."""
+        shift = control.astype(self._dtype) * step.shift_scale
+        return shift if bounds.shift is None else _within(shift, bounds.shift)
 
     def _kernels(self, params, path: Path, condition):
         """Mean and standard deviation of all kernels along a path, both ways.

@@ -65,11 +65,34 @@ SAMPLERS = {
             **SMALL, learn_variance=True, step_conditioned=True
         ),
     ),
+    "scds_tied": _sampler(
+        ds.samplers.scds,
+        network=ds.networks.free(**SMALL, step_conditioned=True, flow_tied=True),
+        destruction_network=ds.networks.free(
+            **SMALL, learn_variance=True, step_conditioned=True
+        ),
+    ),
+    "cdds": _sampler(
+        ds.samplers.cdds,
+        smallest_std=0.3,
+        network=ds.networks.consistency(**SMALL, learn_variance=True),
+        destruction_network=ds.networks.free(
+            **SMALL, learn_variance=True, step_conditioned=True
+        ),
+    ),
 }
 
 # Samplers that differ from another one by what is learned alone: left out where only
 # the process matters.
-LEARNED = ["gbs_variance", "pis_learned", "dds_learned", "dis_shared", "scds"]
+LEARNED = [
+    "gbs_variance",
+    "pis_learned",
+    "dds_learned",
+    "dis_shared",
+    "scds",
+    "scds_tied",
+    "cdds",
+]
 VARIANTS = {"dis_free", *LEARNED}
 PROCESSES = [name for name in SAMPLERS if name not in VARIANTS]
 

@@ -140,7 +140,11 @@ def test_paths_flags_and_determinism(name):
     assert flags(proposal) == FLAGS[name]
     again, other = proposed(behaviour, state), proposed(behaviour, state, seed=9)
     jax.tree.map(np.testing.assert_array_equal, proposal, again)
-    assert not np.any(proposal.paths.xs == other.paths.xs)
+    same = np.all(proposal.paths.xs == other.paths.xs, axis=(1, 2))
+    if name == "trust_region":  # 16 of 64 stored paths: one may come up again in place
+        assert np.mean(same) < 0.3
+    else:
+        assert not np.any(same)
     jax.tree.map(np.testing.assert_array_equal, state, started(behaviour))
 
 

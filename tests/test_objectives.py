@@ -992,8 +992,9 @@ def test_every_objective_closes_the_gap_on_a_shifted_gaussian(objective, sampler
         num_updates=100,
     )
     assert before > 0.15
-    # Forward KL leaves a learned destruction kernel as it is.
-    assert -0.03 < after < (0.6 if "forward" in objective else 0.4) * before
+    # Both leave a learned destruction kernel as it is, and with it a part of the gap.
+    leaves = "forward" in objective or objective == "target_copy"
+    assert -0.03 < after < (0.6 if leaves else 0.4) * before
 
 
 def _sampler_for(objective, sampler):

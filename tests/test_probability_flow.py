@@ -4,17 +4,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tables import SMALL, counting_energy, perturbed, skewed_energy
+from gaussian_flow import LOC, MEAN, SCALE, SD, moved, score_control
+from tables import (
+    LOG_Z,
+    SMALL,
+    counting_energy,
+    perturbed,
+    skewed_draws,
+    skewed_energy,
+)
 
 import diffsamp as ds
+from diffsamp.networks.contractive import schatten_norm
 
 KEY = jax.random.key(0)
 EMPTY = {"generation": ()}
-LOC, SCALE = (0.4, -0.3), (1.8, 1.5)
-MEAN, SD = (
-    np.array([0.7, -0.2]),
-    np.array([0.3, 1.4]),
-)  # of the target, unit coordinates
 SCHEDULE = ds.schedules.linear(8.0, 0.5)
 SOLVERS = {
     "euler": (ds.solvers.euler(), 1),
@@ -25,29 +29,17 @@ SOLVERS = {
 }
 
 
-def signal(t):
-    slope = 0.5 - 8.0
-    return jnp.exp(-(8.0 * (1 - t) + 0.5 * slope * (1 - t**2)))
-
-
 def gaussian(sd):
     """A sampler whose control is the score of a Gaussian target, and its exact flow."""
 
-    def drift(params, y, t, context):
-        share = signal(t)
-        score = (jnp.sqrt(share) * MEAN - y) / (share * sd**2 + 1 - share)
-        return context.gain * (score + y)
-
-    network = ds.networks.from_function(lambda key, dim: (), drift)
+    network = score_control(SCHEDULE, sd)
     sampler = ds.samplers.dis(
         2, 4, loc=LOC, scale=SCALE, schedule=SCHEDULE, network=network
     )
 
     def exact(x):
-        share = signal(0.0)
-        spread = jnp.sqrt(share * sd**2 + 1 - share)
         y = (x - jnp.array(LOC)) / jnp.array(SCALE)
-        end = MEAN + sd / spread * (y - jnp.sqrt(share) * MEAN)
+        end = moved(SCHEDULE, y, 0.0, 1.0, sd=sd)
         return jnp.array(LOC) + jnp.array(SCALE) * end
 
     return sampler, exact
@@ -149,11 +141,11 @@ def test_what_a_flow_cannot_do(trained):
     sampler, params = trained
     flow = ds.probability_flow(sampler)
     points = jnp.zeros((3, 2))
-    with pytest.raises(ValueError, match="this flow has none; leave out probe="):
+    with pytest.raises(ValueError, match="these draws have none: this flow"):
         ds.draw(KEY, flow, params, skewed_energy, 10, probe=points)
     with pytest.raises(ValueError, match="no valid weight"):
         ds.log_weights_of(KEY, flow, params, skewed_energy, points)
-    with pytest.raises(ValueError, match="no valid weight"):
+    with pytest.raises(ValueError, match="a path of a flow has no density"):
         flow.score(params, points, skewed_energy)
     with pytest.raises(ValueError, match="no valid weight"):
         flow.trace_back(params, KEY, points[0], skewed_energy)
@@ -161,3 +153,107 @@ def test_what_a_flow_cannot_do(trained):
         with pytest.raises(ValueError, match="has no probability flow"):
             ds.probability_flow(getattr(ds.samplers, name)(2, 4))
     assert flow.with_num_steps(2) == ds.probability_flow(sampler.with_num_steps(2))
+
+
+# -- certified flows -------------------------------------------------------------------
+
+CONTRACTIVE = ds.networks.contractive(**SMALL, lipschitz=0.8)
+
+
+def certified(num_steps, scale=0.4):
+    """A flow with random parameters."""
+    sampler = ds.samplers.scds(
+        2, num_steps, loc=LOC, scale=SCALE, schedule=SCHEDULE, network=CONTRACTIVE
+    )
+    return ds.probability_flow(sampler), perturbed(sampler.init(KEY), scale)
+
+
+@pytest.mark.parametrize("shape", [(1, 5), (5, 1), (8, 8), (64, 64), (3, 64)])
+def test_the_norm_is_an_upper_bound(shape):
+    for seed in range(5):
+        matrix = np.random.default_rng(seed).standard_normal(shape) * 10.0**seed
+        exact = np.linalg.norm(matrix, 2)
+        bound = float(schatten_norm(jnp.asarray(matrix, jnp.float32)))
+        assert exact * (1 - 1e-5) <= bound <= exact * min(shape) ** (1 / 32) * 1.001
+
+
+def test_the_control_keeps_its_constant(x64):
+    _, params = certified(4, scale=2.0)  # every matrix meets its bound
+    points = 3 * jax.random.normal(KEY, (300, 2))
+
+    def control(y, t, step_size):
+        context = ds.networks.Context(
+            score=jnp.zeros(0), gain=jnp.ones(()), condition=None, step_size=step_size
+        )
+        return CONTRACTIVE(params["generation"], y, t, context)
+
+    jacobian = jax.vmap(jax.jacfwd(control), in_axes=(0, None, None))
+    slopes = jax.jit(jacobian)(points, jnp.array(0.3), jnp.array(0.25))
+    norms = np.linalg.norm(slopes, 2, axis=(1, 2))
+    assert 0.05 < norms.max() <= 0.8
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 4, 8])
+def test_the_weight_of_a_certified_flow_integrates_to_z(x64, num_steps):
+    """By quadrature over the reference, with random parameters."""
+    flow, params = certified(num_steps)
+    assert flow.has_weights
+    side = np.linspace(-9, 9, 241)
+    ys = jnp.asarray(np.stack(np.meshgrid(side, side), -1).reshape(-1, 2))
+    starts = jnp.array(LOC)[None] + jnp.array(SCALE)[None] * ys
+
+    @jax.jit
+    def mass(params):
+        path = jax.vmap(lambda x: flow.transport(params, x, skewed_energy))(starts)
+        return jnp.sum(jnp.exp(path.log_prior + path.log_weight))
+
+    cell = (side[1] - side[0]) ** 2 * np.prod(SCALE)
+    assert np.log(float(mass(params)) * cell) == pytest.approx(LOG_Z, abs=1e-3)
+
+
+@pytest.mark.parametrize("num_steps", [1, 4])
+def test_a_certified_flow_runs_backwards(x64, num_steps):
+    flow, params = certified(num_steps)
+    x = jnp.array([1.3, -2.0])
+    there = jax.jit(lambda x: flow.transport(params, x, skewed_energy))(x)
+    end = jax.jit(lambda x: flow.solve(params, x, skewed_energy))(x)
+    np.testing.assert_allclose(there.x, end, rtol=1e-9)
+    back = jax.jit(lambda x: flow.trace_back(params, KEY, x, skewed_energy))(end)
+    np.testing.assert_allclose(back.xs, there.xs, rtol=1e-6)
+    np.testing.assert_allclose(back.log_weight, there.log_weight, atol=1e-6)
+    jacobian = jax.jacfwd(lambda x: flow.solve(params, x, skewed_energy))(x)
+    log_q = there.log_prior - np.linalg.slogdet(jacobian)[1]
+    expected = -skewed_energy(end) - log_q
+    assert float(there.log_weight) == pytest.approx(float(expected), rel=1e-9)
+
+
+def test_weights_of_drawn_points():
+    flow, params = certified(4, scale=0.2)
+    draws = ds.draw(KEY, flow, params, skewed_energy, 2_000, probe=skewed_draws())
+    evidence = draws.log_evidence
+    assert draws.diagnostics.pareto_k < 0.7
+    assert abs(evidence.estimate - LOG_Z) < 4 * evidence.standard_error
+    assert evidence.lower < LOG_Z < evidence.upper
+    assert draws.diagnostics.num_network_evaluations == (
+        2_000 * 4 * 3 + 512 * flow.evaluations_per_trace.network
+    )
+
+
+def test_flows_that_are_not_certified():
+    network = ds.networks.contractive(**SMALL, lipschitz=2.0)
+    sampler = ds.samplers.scds(2, 8, schedule=SCHEDULE, network=network)
+    flow = ds.probability_flow(sampler)
+    assert flow.has_weights
+    few = flow.with_num_steps(1)
+    assert (
+        "Lipschitz constant of up to 1.76, which must be below 1" in few.why_no_weight
+    )
+    params = sampler.init(KEY)
+    draws = ds.draw(KEY, few, params, skewed_energy, 300)
+    assert draws.log_weight is None
+    assert "Lipschitz constant of up to 1.76" in draws.diagnostics.verdict
+    with pytest.raises(ValueError, match="no valid weight: a step of this flow"):
+        few.transport(params, jnp.zeros(2), skewed_energy)
+    assert not ds.probability_flow(sampler, ds.solvers.heun()).has_weights
+    with pytest.raises(ValueError, match="lipschitz must be positive, got 0"):
+        ds.networks.contractive(lipschitz=0)

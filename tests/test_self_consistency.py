@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from gaussian_flow import LOC, SCALE, moved, step_control
 from tables import (
     SMALL,
     batch_of_paths,
@@ -17,45 +18,7 @@ import diffsamp as ds
 from diffsamp.objectives import Biased, Curriculum, self_consistency
 
 KEY = jax.random.key(0)
-LOC, SCALE = (0.4, -0.3), (1.8, 1.5)
-MEAN, SD = (
-    np.array([0.7, -0.2]),
-    np.array([0.3, 1.4]),
-)  # of the target, unit coordinates
 SCHEDULE = ds.schedules.geometric(0.1)
-
-
-def signal(t):
-    square = SCHEDULE.smallest_scale**2
-    share = 1 - (square**t - square) / (1 - square)
-    return jnp.maximum(share, SCHEDULE.floor)
-
-
-def exact_displacement(y, t, step_size, mean, sd):
-    """Along the flow of a Gaussian, affine: marginals keep their quantiles."""
-
-    def moments(t):
-        share = signal(t)
-        return jnp.sqrt(share) * mean, jnp.sqrt(share * sd**2 + 1 - share)
-
-    (m, s), (m_next, s_next) = moments(t), moments(t + step_size)
-    return m_next + s_next / s * (y - m) - y
-
-
-def exact_control(offset=0.0):
-    """The control whose flow step is that displacement, and a wrong one."""
-
-    def drift(params, y, t, context):
-        decay = jnp.sqrt(signal(t) / signal(t + context.step_size))
-        mean, sd = params["mean"], params["sd"]
-        displacement = exact_displacement(y, t, context.step_size, mean, sd)
-        wrong = offset * context.step_size**2
-        return context.gain * (displacement + wrong) / (1 - decay)
-
-    def init(key, dim):
-        return {"mean": jnp.asarray(MEAN), "sd": jnp.asarray(SD)}
-
-    return ds.networks.from_function(init, drift)
 
 
 def sampler_of(network, num_steps, **options):
@@ -74,13 +37,13 @@ def loss_of(objective, sampler, params, state=(), count=0):
 
 
 def test_the_exact_flow_is_consistent(x64):
-    sampler = sampler_of(exact_control(), 16)
+    sampler = sampler_of(step_control(SCHEDULE), 16)
     params = sampler.init(KEY)
     for steps in (1, 4, 16):  # from the reference to the target at every step count
         few = sampler.with_num_steps(steps)
         x = jnp.array([1.3, -2.0])
         y = (x - jnp.array(LOC)) / jnp.array(SCALE)
-        whole = y + exact_displacement(y, 0.0, 1.0, MEAN, SD)
+        whole = moved(SCHEDULE, y, 0.0, 1.0)
         for k in range(steps):
             step = jax.tree.map(lambda a, k=k: a[k], few.steps())
             x = few.flow_step(params, step, x, jnp.zeros(0))
@@ -88,7 +51,7 @@ def test_the_exact_flow_is_consistent(x64):
             x, jnp.array(LOC) + jnp.array(SCALE) * whole, rtol=1e-9
         )
     assert float(loss_of(self_consistency(), sampler, params)(params)) < 1e-20
-    wrong = sampler_of(exact_control(0.3), 16)
+    wrong = sampler_of(step_control(SCHEDULE, 0.3), 16)
     assert float(loss_of(self_consistency(), wrong, params)(params)) > 1e-3
 
 
@@ -161,10 +124,10 @@ def test_a_curriculum_starts_with_short_steps(x64):
     """The wrong flow is inconsistent for long steps alone."""
 
     def drift(params, y, t, context):
-        exact = exact_control().drift_fn(params, y, t, context)
+        exact = step_control(SCHEDULE).drift_fn(params, y, t, context)
         return exact + jnp.where(context.step_size > 0.3, 5.0, 0.0)
 
-    network = ds.networks.from_function(exact_control().init_fn, drift)
+    network = ds.networks.from_function(step_control(SCHEDULE).init_fn, drift)
     sampler = sampler_of(network, 16)
     params = sampler.init(KEY)
     objective = self_consistency(pairs=Curriculum(100))

@@ -8,6 +8,8 @@ from diffsamp.networks.base import LinenBackbone as LinenBackbone
 from diffsamp.networks.base import LinenControl as LinenControl
 from diffsamp.networks.base import from_function as from_function
 from diffsamp.networks.base import linen as linen
+from diffsamp.networks.consistency import consistency as consistency
+from diffsamp.networks.contractive import contractive as contractive
 from diffsamp.networks.controls import AnnealedScoreModule as AnnealedScoreModule
 from diffsamp.networks.controls import FreeModule as FreeModule
 from diffsamp.networks.controls import ReferenceGuidedModule as ReferenceGuidedModule
@@ -37,6 +39,8 @@ __all__ = [
     "TimeScale",
     "annealed_score_guided",
     "backbone",
+    "consistency",
+    "contractive",
     "free",
     "from_function",
     "linen",

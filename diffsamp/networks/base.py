@@ -38,11 +38,13 @@ class Control(Protocol):
     """A drift correction: static, hashable, compared by value.
 
     ``init(key, dim, condition_dim) -> params`` and ``control(params, x [D], t [],
-    context) -> [D] or [2 D]`` in unit coordinates; ``needs_score`` says whether the
-    energy gradient is worth computing. The second D numbers s, where returned, multiply
-    the kernel's variance by ``exp(c tanh(s / c))`` with c from the sampler's `Bounds`:
-    zero leaves the reference's variance. A control that can build on a shared
-    `Backbone` also takes ``feature_dim`` in ``init``.
+    context) -> [D], [2 D] or [3 D]`` in unit coordinates; ``needs_score`` says whether
+    the energy gradient is worth computing. The second D numbers s, where returned,
+    multiply the kernel's variance by ``exp(c tanh(s / c))`` with c from the sampler's
+    `Bounds`: zero leaves the reference's variance. With a third D numbers the mean is
+    tied to the probability flow and they are its residual, as `samplers.scds` explains.
+    A control that can build on a shared `Backbone` also takes ``feature_dim`` in
+    ``init``.
     """
 
     @property
@@ -106,10 +108,13 @@ class LinenControl:
     Attributes:
         module: the module; equal modules share compiled code.
         needs_score: whether the energy gradient is computed for it.
+        lipschitz: certified bound on the Lipschitz constant in x of what it returns
+            over ``context.gain``, or None where none is known.
     """
 
     module: nn.Module
     needs_score: bool
+    lipschitz: float | None = None
 
     def init(
         self, key: Key, dim: int, condition_dim: int, feature_dim: int = 0

@@ -19,9 +19,10 @@ def _clip(value: Array, bound: float) -> Array:
 
 
 class _Head(nn.Module):
-    """The learned part of a control: clipped drift [D], raw log-variance [D] or [0].
+    """The learned part of a control: clipped drift [D], and all else that it returns.
 
-    An MLP, or a linear layer on the features of a shared backbone.
+    That is nothing, log-variances [D], or log-variances and residuals [2 D]. An MLP, or
+    a linear layer on the features of a shared backbone.
     """
 
     width: int
@@ -29,11 +30,12 @@ class _Head(nn.Module):
     output_clip: float
     learn_variance: bool
     step_conditioned: bool
+    flow_tied: bool
 
     @nn.compact
     def __call__(self, x: Array, t: Array, context: Context) -> tuple[Array, Array]:
         size = x.shape[-1]
-        num_outputs = size * (1 + self.learn_variance)
+        num_outputs = size * (3 if self.flow_tied else 1 + self.learn_variance)
         if context.features is not None:
             if self.step_conditioned:
                 raise ValueError(
@@ -49,7 +51,12 @@ class _Head(nn.Module):
             mlp = FourierMLP(self.width, self.depth, num_outputs)
             step_size = context.step_size if self.step_conditioned else None
             out = mlp(x, t, context.condition, step_size)
-        return _clip(out[:size], self.output_clip), jnp.nan_to_num(out[size:])
+        drift, log_variance, residual = (
+            out[start : start + size] for start in (0, size, 2 * size)
+        )
+        residual = _clip(residual, self.output_clip)
+        rest = jnp.concatenate([jnp.nan_to_num(log_variance), residual])
+        return _clip(drift, self.output_clip), rest
 
 
 def _head(module) -> _Head:
@@ -60,6 +67,7 @@ def _head(module) -> _Head:
         module.output_clip,
         module.learn_variance,
         module.step_conditioned,
+        module.flow_tied,
     )
 
 
@@ -71,6 +79,7 @@ class FreeModule(nn.Module):
     output_clip: float
     learn_variance: bool = False
     step_conditioned: bool = False
+    flow_tied: bool = False
 
     @nn.compact
     def __call__(self, x: Array, t: Array, context: Context) -> Array:
@@ -88,14 +97,15 @@ class ScoreGuidedModule(nn.Module):
     initial_guidance: float
     learn_variance: bool = False
     step_conditioned: bool = False
+    flow_tied: bool = False
 
     @nn.compact
     def __call__(self, x: Array, t: Array, context: Context) -> Array:
         head = _head(self)
-        drift, log_variance = head(x, t, context)
+        drift, rest = head(x, t, context)
         scale = TimeScale(self.width, x.shape[-1], self.initial_guidance)(t)
         guide = scale * _clip(context.score, self.score_clip)
-        return jnp.concatenate([drift + context.gain * guide, log_variance])
+        return jnp.concatenate([drift + context.gain * guide, rest])
 
 
 class AnnealedScoreModule(nn.Module):
@@ -113,15 +123,16 @@ class AnnealedScoreModule(nn.Module):
     offset: float
     learn_variance: bool = False
     step_conditioned: bool = False
+    flow_tied: bool = False
 
     @nn.compact
     def __call__(self, x: Array, t: Array, context: Context) -> Array:
         head = _head(self)
-        drift, log_variance = head(x, t, context)
+        drift, rest = head(x, t, context)
         scale = TimeScale(self.width, x.shape[-1])(t)
         score = (1 - t) * -x + t * _clip(context.score, self.score_clip)
         guide = context.gain * scale * (score + self.offset * x)
-        return jnp.concatenate([drift + guide, log_variance])
+        return jnp.concatenate([drift + guide, rest])
 
 
 class ReferenceGuidedModule(nn.Module):
@@ -132,13 +143,14 @@ class ReferenceGuidedModule(nn.Module):
     output_clip: float
     learn_variance: bool = False
     step_conditioned: bool = False
+    flow_tied: bool = False
 
     @nn.compact
     def __call__(self, x: Array, t: Array, context: Context) -> Array:
         head = _head(self)
-        drift, log_variance = head(x, t, context)
+        drift, rest = head(x, t, context)
         guide = context.gain * TimeScale(self.width, x.shape[-1])(t) * (1 - t) * x
-        return jnp.concatenate([drift - guide, log_variance])
+        return jnp.concatenate([drift - guide, rest])
 
 
 def free(
@@ -148,6 +160,7 @@ def free(
     output_clip: float = 1e4,
     learn_variance: bool = False,
     step_conditioned: bool = False,
+    flow_tied: bool = False,
 ) -> LinenControl:
     """A Fourier MLP that never asks for the energy gradient.
 
@@ -157,6 +170,7 @@ def free(
         output_clip: bound on each output.
         learn_variance: whether it also returns log-variances, see `Control`.
         step_conditioned: whether it sees the length of the step.
+        flow_tied: whether it returns log-variances and residuals, see `Control`.
 
     Example:
         >>> import diffsamp as ds
@@ -164,7 +178,9 @@ def free(
         False
     """
     return LinenControl(
-        FreeModule(width, depth, output_clip, learn_variance, step_conditioned),
+        FreeModule(
+            width, depth, output_clip, learn_variance, step_conditioned, flow_tied
+        ),
         needs_score=False,
     )
 
@@ -178,6 +194,7 @@ def score_guided(
     initial_guidance: float = 0.01,
     learn_variance: bool = False,
     step_conditioned: bool = False,
+    flow_tied: bool = False,
 ) -> LinenControl:
     """Fourier MLP plus a learned multiple of the target score (PIS and DDS papers).
 
@@ -189,6 +206,7 @@ def score_guided(
         initial_guidance: factor on the score before training.
         learn_variance: whether it also returns log-variances, see `Control`.
         step_conditioned: whether it sees the length of the step.
+        flow_tied: whether it returns log-variances and residuals, see `Control`.
     """
     module = ScoreGuidedModule(
         width,
@@ -198,6 +216,7 @@ def score_guided(
         initial_guidance,
         learn_variance,
         step_conditioned,
+        flow_tied,
     )
     return LinenControl(module, needs_score=True)
 
@@ -211,6 +230,7 @@ def annealed_score_guided(
     offset: float = 1.0,
     learn_variance: bool = False,
     step_conditioned: bool = False,
+    flow_tied: bool = False,
 ) -> LinenControl:
     """Fourier MLP plus the score interpolated from reference to target (DIS paper).
 
@@ -224,9 +244,17 @@ def annealed_score_guided(
         offset: 1 if the process contains the reference drift, else 0.
         learn_variance: whether it also returns log-variances, see `Control`.
         step_conditioned: whether it sees the length of the step.
+        flow_tied: whether it returns log-variances and residuals, see `Control`.
     """
     module = AnnealedScoreModule(
-        width, depth, output_clip, score_clip, offset, learn_variance, step_conditioned
+        width,
+        depth,
+        output_clip,
+        score_clip,
+        offset,
+        learn_variance,
+        step_conditioned,
+        flow_tied,
     )
     return LinenControl(module, needs_score=True)
 

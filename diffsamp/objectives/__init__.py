@@ -1,6 +1,12 @@
 """Training objectives, one per file, all of one shape: `diffsamp.types.Objective`."""
 
 from diffsamp.objectives.at_num_steps import at_num_steps as at_num_steps
+from diffsamp.objectives.consistency_distillation import (
+    consistency_distillation as consistency_distillation,
+)
+from diffsamp.objectives.continuous_consistency import (
+    continuous_consistency as continuous_consistency,
+)
 from diffsamp.objectives.detailed_balance import detailed_balance as detailed_balance
 from diffsamp.objectives.flows import Flow as Flow
 from diffsamp.objectives.forward_kl import forward_kl as forward_kl
@@ -11,6 +17,9 @@ from diffsamp.objectives.kernels import destruction_only as destruction_only
 from diffsamp.objectives.kernels import generation_only as generation_only
 from diffsamp.objectives.kernels import gradient_scale as gradient_scale
 from diffsamp.objectives.log_variance import log_variance as log_variance
+from diffsamp.objectives.progressive_distillation import (
+    progressive_distillation as progressive_distillation,
+)
 from diffsamp.objectives.reverse_kl import reverse_kl as reverse_kl
 from diffsamp.objectives.reverse_kl_log_derivative import (
     reverse_kl_log_derivative as reverse_kl_log_derivative,
@@ -38,6 +47,8 @@ __all__ = [
     "Curriculum",
     "Flow",
     "at_num_steps",
+    "consistency_distillation",
+    "continuous_consistency",
     "destruction_only",
     "detailed_balance",
     "forward_kl",
@@ -45,6 +56,7 @@ __all__ = [
     "generation_only",
     "gradient_scale",
     "log_variance",
+    "progressive_distillation",
     "reverse_kl",
     "reverse_kl_log_derivative",
     "self_consistency",

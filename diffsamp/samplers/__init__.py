@@ -1,9 +1,10 @@
 """Factories of samplers, one published method per file."""
 
+from diffsamp.samplers.cdds import cdds as cdds
 from diffsamp.samplers.dds import dds as dds
 from diffsamp.samplers.dis import dis as dis
 from diffsamp.samplers.gbs import gbs as gbs
 from diffsamp.samplers.pis import pis as pis
 from diffsamp.samplers.scds import scds as scds
 
-__all__ = ["dds", "dis", "gbs", "pis", "scds"]
+__all__ = ["cdds", "dds", "dis", "gbs", "pis", "scds"]

@@ -20,8 +20,13 @@ from diffsamp.networks import Control
 from diffsamp.sampler import Bounds
 
 DEFAULT_BOUNDS = Bounds()
+FEW_STEPS = Bounds(log_variance=10.0)  # as little noise as 1/150 of the reference's
 
 
-def free_destruction(learned: bool) -> Control | None:
+def free_destruction(
+    learned: bool, *, step_conditioned: bool = False
+) -> Control | None:
     """A control of mean and variance of the destruction kernel, if it is learned."""
-    return networks.free(learn_variance=True) if learned else None
+    if not learned:
+        return None
+    return networks.free(learn_variance=True, step_conditioned=step_conditioned)

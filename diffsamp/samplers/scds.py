@@ -11,8 +11,27 @@ u(., ., 1/128) the score of the noised target; ``objectives.self_consistency`` t
 one long step to go where two of half the length go along the probability flow
 (`Sampler.flow_step`), and so, doubling by doubling, a single step to do the work of
 all. The kernels, and therefore the weights, are valid at every number of steps; with
-few they are only as good as Gaussian kernels of the process' variance can be, and
-``learn_generation_variance`` and ``learn_destruction`` let them do better.
+few they are only as good as Gaussian kernels of the process' variance can be.
+
+With ``learn_generation_variance`` the noise becomes the network's choice, and the mean
+follows it: with f the step of the flow, M the mean above and r the share of the
+process' variance that the kernel keeps, per state, coordinate and step length,
+
+    p(x' | x) = N(f + min(r, 1) (M - f) + g a^(1/2) s K^(-1/2) e,  r a s^2),
+    r = exp(g c tanh(v / c)),    g = ((F/K - 1) / (F - 1))^(1/2).
+
+At r = 1, where training starts, this is the kernel above; as r falls the paths tend to
+those of the flow, whose law of x' is right where that of M without its noise would be
+far too narrow (composed over many steps it shrinks a unit normal to 0.08). The
+residual e, a third output of the network next to u and v, is whatever is left to
+correct: self-consistency ties f alone. ``learn_destruction`` adds the way back, which
+for small r has to learn the inverse of the flow's step.
+
+The factor g multiplies e and all of the learned destruction, too. It is 0 at F steps,
+the number with which the sampler was built (`Bounds.finest`): there the kernels are
+those of DIS with u alone, whose optimum is unique. Were destruction free there as well,
+many controls would do, most of which are nobody's flow, and nothing for the few steps
+to be consistent with.
 
 Unlike the paper's Euler step, which at K = 1 turns x into 6 x + 1.6 u, the step is an
 exponential integrator: the control never has to undo the process. Neither the reference
@@ -21,12 +40,13 @@ nor the states are truncated.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 from diffsamp import networks, schedules
 from diffsamp.networks import Control
 from diffsamp.sampler import Bounds, Sampler
-from diffsamp.samplers.common import DEFAULT_BOUNDS
+from diffsamp.samplers.common import FEW_STEPS, free_destruction
 from diffsamp.samplers.dis import dis
 
 
@@ -42,8 +62,8 @@ def scds(
     learn_generation_variance: bool = False,
     learn_destruction: bool = False,
     destruction_network: Control | None = None,
-    generation_bounds: Bounds = DEFAULT_BOUNDS,
-    destruction_bounds: Bounds = DEFAULT_BOUNDS,
+    generation_bounds: Bounds | None = None,
+    destruction_bounds: Bounds | None = None,
     condition_dim: int = 0,
 ) -> Sampler:
     """Self-consistent diffusion sampler: parameters shared between step counts.
@@ -59,13 +79,15 @@ def scds(
         network: control; by default `networks.annealed_score_guided` with
             ``step_conditioned=True``.
         learn_generation_variance: whether the default control also learns the
-            generation kernel's variance, per state, coordinate and step length.
+            generation kernel's variance and ties its mean to the flow
+            (``flow_tied=True``), per state, coordinate and step length.
         learn_destruction: whether mean and variance of the destruction kernel are
             learned, too, starting at the reference's. The probability flow stays that
             of the reference's destruction.
         destruction_network: its control, which implies ``learn_destruction``; by
             default `networks.free` with ``step_conditioned=True``.
-        generation_bounds: how far the generation kernel may leave the reference's.
+        generation_bounds: how far the generation kernel may leave the reference's; by
+            default the less the more steps, and not at all with ``num_steps`` of them.
         destruction_bounds: the same of the destruction kernel.
         condition_dim: size of the condition of a conditional energy.
 
@@ -81,8 +103,9 @@ def scds(
         >>> fast(params, jax.random.key(1), target.energy).xs.shape
         (2, 2)
     """
-    if learn_destruction and destruction_network is None:
-        destruction_network = networks.free(learn_variance=True, step_conditioned=True)
+    if destruction_network is None:
+        destruction_network = free_destruction(learn_destruction, step_conditioned=True)
+    bounds = dataclasses.replace(FEW_STEPS, finest=num_steps if num_steps > 1 else None)
     return dis(
         dim,
         num_steps,
@@ -92,10 +115,10 @@ def scds(
         time_grid=time_grid,
         network=network
         or networks.annealed_score_guided(
-            learn_variance=learn_generation_variance, step_conditioned=True
+            step_conditioned=True, flow_tied=learn_generation_variance
         ),
         destruction_network=destruction_network,
-        generation_bounds=generation_bounds,
-        destruction_bounds=destruction_bounds,
+        generation_bounds=generation_bounds or bounds,
+        destruction_bounds=destruction_bounds or bounds,
         condition_dim=condition_dim,
     )

@@ -1,0 +1,104 @@
+"""Consistency distillation, CDDS. Jutras-Dubé et al., arXiv 2502.07579.
+
+A trained sampler's probability flow takes a draw of the reference through the times of
+its grid. With f(x, t) the student's consistency function and t < t' two neighbouring
+times of a coarser grid on the same path,
+
+    loss = mean |f(x_t, t) - sg f(x_t', t')|^2 / (D s^2),
+
+in squared deviations s of the reference per coordinate: f is to say the same all along
+the path, and at t = 1 it is the identity, so that it says where the path ends. As in
+the paper the pair of times is the same for the whole batch and a path is integrated no
+further than its later time; targets are the student's own, without an average.
+
+Paths are the teacher's, from the reference, whatever the behaviour brings: other terms
+of a `weighted_sum` may use it. Each step of them costs an energy gradient per row where
+the teacher looks at scores.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from diffsamp._distributions import standard_normal
+from diffsamp.objectives.common import keep_state, row_mean
+from diffsamp.objectives.teachers import check_pair, check_teacher
+from diffsamp.sampler import Sampler
+from diffsamp.types import Cost, Objective, Params, Requirements
+
+
+def consistency_distillation(
+    teacher: Sampler, teacher_params: Params, *, num_times: int = 18
+) -> Objective:
+    """Squared distance of the student's predictions at two times of a teacher's path.
+
+    Args:
+        teacher: a trained sampler with a probability flow; paths have its steps.
+        teacher_params: its parameters, ``fit.params``.
+        num_times: times of the coarse grid, both ends included; spread evenly over
+            those of the teacher's.
+
+    Raises:
+        ValueError: when the teacher has no flow, is untrained, or has fewer than
+            ``num_times - 1`` steps; at the start of training when the student is no
+            `samplers.cdds` or has another dimension, reference or noise schedule.
+
+    Example:
+        >>> import jax, diffsamp as ds
+        >>> target = ds.targets.gmm9()
+        >>> teacher = ds.samplers.dis(dim=2, num_steps=32, scale=4.0)
+        >>> fit = ds.fit(
+        ...     jax.random.key(0), teacher, ds.objectives.log_variance(), target.energy,
+        ...     num_updates=2, batch_size=8, progress_bar=False,
+        ... )
+        >>> objective = ds.objectives.consistency_distillation(teacher, fit.params)
+    """
+    check_teacher(teacher, teacher_params)
+    if not 2 <= num_times <= teacher.num_steps + 1:
+        raise ValueError(
+            "num_times must be between 2 and the teacher's number of times, "
+            f"{teacher.num_steps + 1}, got {num_times}"
+        )
+    places = np.round(np.linspace(0, teacher.num_steps, num_times)).astype(np.int32)
+
+    def init(key, sampler, params, energy, pilot):
+        del key, params, energy, pilot
+        sampler.check_predicts_end()
+        check_pair(teacher, sampler)
+        return {}, jax.tree.map(jnp.asarray, teacher_params)
+
+    def loss(params, teacher_params, batch):
+        student, steps = batch.sampler, teacher.steps()
+        for_pair, for_start = jax.random.split(batch.key)
+        size = batch.on_policy.shape[0]
+        index = jax.random.randint(for_pair, (), 0, num_times - 1)
+        first, second = jnp.asarray(places)[index], jnp.asarray(places)[index + 1]
+        times = jnp.append(steps.time, steps.next_time[-1])
+        condition = batch.condition if batch.condition.shape[-1] else None
+
+        def of_row(key, condition):
+            def advance(k, x):
+                step = jax.tree.map(lambda column: column[k], steps)
+                score = teacher.score_at(batch.energy, x, condition)
+                return teacher.flow_step(teacher_params, step, x, score, condition)
+
+            noise = standard_normal(key, (teacher.dim,), times.dtype)
+            early = jax.lax.fori_loop(0, first, advance, teacher.original(noise))
+            late = jax.lax.fori_loop(first, second, advance, early)
+            early, late = jax.lax.stop_gradient((early, late))
+            own = params["sampler"]
+            said = student.predicted_end(own, times[first], early, condition)
+            wanted = student.predicted_end(
+                jax.lax.stop_gradient(own), times[second], late, condition
+            )
+            return jnp.mean((student.unit(said) - student.unit(wanted)) ** 2)
+
+        values = jax.vmap(of_row)(jax.random.split(for_start, size), condition)
+        value = row_mean(values, jnp.isfinite(values))
+        gradients = size * second if teacher.needs_score else jnp.zeros((), jnp.int32)
+        cost = Cost(jnp.zeros((), jnp.int32), gradients)
+        return value, {"cost": cost, "consistency": value}
+
+    return Objective(Requirements(), init, loss, keep_state)

@@ -1,0 +1,242 @@
+"""Distillation: zero on exact flows, and students that arrive where teachers do."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from gaussian_flow import (
+    LOC,
+    MEAN,
+    SCALE,
+    SD,
+    end_prediction,
+    moved,
+    score_control,
+    step_control,
+)
+from tables import SMALL, batch_of_paths, counting_energy, mostly_slow, skewed_energy
+
+import diffsamp as ds
+
+KEY = jax.random.key(0)
+SCHEDULE = ds.schedules.geometric(0.1)
+PROCESS = {"loc": LOC, "scale": SCALE, "schedule": SCHEDULE}
+FREE = ds.networks.free(**SMALL, step_conditioned=True)
+
+
+def teacher_of(network, num_steps, **options):
+    return ds.samplers.scds(2, num_steps, network=network, **{**PROCESS, **options})
+
+
+def student_of(network=None, **options):
+    return ds.samplers.cdds(2, 2, network=network, **{**PROCESS, **options})
+
+
+def consistency(teacher, num_times=5):
+    params = teacher.init(KEY)
+    objective = ds.objectives.consistency_distillation
+    return objective(teacher, params, num_times=num_times)
+
+
+def continuous(teacher):
+    return ds.objectives.continuous_consistency(teacher, teacher.init(KEY))
+
+
+def progressive(teacher):
+    return ds.objectives.progressive_distillation(teacher, teacher.init(KEY))
+
+
+def loss_of(objective, student, seed=0):
+    params, key = student.init(KEY), jax.random.key(seed)
+    batch = batch_of_paths(student, params, 32, key)
+    _, state = objective.init(key, student, params, skewed_energy, None)
+
+    @jax.jit
+    def run(params):
+        both = {"sampler": params, "objective": {}}
+        value, metrics = objective.loss(both, state, batch)
+        return value, metrics
+
+    return jax.tree.map(float, run(params))
+
+
+def test_the_exact_student_has_no_loss(x64):
+    teacher = teacher_of(step_control(SCHEDULE), 16)
+    for objective, student, wrong in (
+        (
+            consistency(teacher),
+            student_of(end_prediction(SCHEDULE)),
+            student_of(end_prediction(SCHEDULE, 0.3)),
+        ),
+        (
+            progressive(teacher),
+            teacher_of(step_control(SCHEDULE), 4),
+            teacher_of(step_control(SCHEDULE, 0.3), 4),
+        ),
+    ):
+        for seed in range(3):
+            assert loss_of(objective, student, seed)[0] < 1e-20
+        assert loss_of(objective, wrong)[0] > 1e-4
+
+
+def test_the_exact_prediction_does_not_change_along_the_flow(x64):
+    teacher = teacher_of(score_control(SCHEDULE), 64)
+    exact = student_of(end_prediction(SCHEDULE))
+    wrong = student_of(end_prediction(SCHEDULE, 0.3))
+    found, missed = (
+        loss_of(continuous(teacher), s)[1]["tangent"] for s in (exact, wrong)
+    )
+    assert found < 1e-5  # the schedule's derivative is a difference
+    assert missed == pytest.approx(0.3, rel=1e-4)  # d/dt of 0.3 (1 - t)
+
+
+def test_the_end_is_the_identity_at_the_end():
+    student = student_of(ds.networks.consistency(**SMALL))
+    params, x = student.init(KEY), jnp.array([1.3, -2.0])
+    params = jax.tree.map(lambda leaf: leaf + 0.3, params)
+    end = student.predicted_end(params, jnp.ones(()), x)
+    np.testing.assert_allclose(end, x, rtol=1e-5)
+    early = student.predicted_end(params, jnp.array(0.2), x)
+    assert not np.any(np.isclose(early, x))
+
+
+def test_a_step_noises_the_prediction(x64):
+    """The mean of each kernel, from the definition."""
+    student = student_of(ds.networks.consistency(**SMALL))
+    params = jax.tree.map(lambda leaf: leaf + 0.1, student.init(KEY))
+    keys = jax.random.split(KEY, 20_000)
+    run = jax.vmap(student, in_axes=(None, 0, None))
+    xs = jax.jit(lambda params: run(params, keys, skewed_energy).xs)(params)
+    alpha = np.sqrt(SCHEDULE.signal(np.array([0.5, 1.0])))
+    for k, time in enumerate((0.0, 0.5)):
+        predict = jax.vmap(student.predicted_end, in_axes=(None, None, 0))
+        ends = predict(params, jnp.asarray(time), xs[:, k])
+        noise = student.unit(xs[:, k + 1]) - alpha[k] * student.unit(ends)
+        std = np.sqrt(1 - alpha[k] ** 2 + 0.01**2)
+        np.testing.assert_allclose(np.mean(noise, 0), 0, atol=4 * std / np.sqrt(2e4))
+        np.testing.assert_allclose(np.std(noise, 0), std, rtol=0.03)
+
+
+OBJECTIVES = {
+    "consistency": (ds.objectives.consistency_distillation, {"num_times": 5}),
+    "continuous": (ds.objectives.continuous_consistency, {}),
+    "progressive": (ds.objectives.progressive_distillation, {}),
+}
+
+
+@pytest.mark.relaxed("dtypes")
+@pytest.mark.parametrize("name", mostly_slow(OBJECTIVES, "consistency"))
+def test_energies_are_counted(name):
+    network = ds.networks.annealed_score_guided(**SMALL, step_conditioned=True)
+    teacher = teacher_of(network, 4)
+    params = jax.tree.map(lambda leaf: leaf + 0.1, teacher.init(KEY))
+    make, options = OBJECTIVES[name]
+    flow = name == "progressive"
+    student = teacher.with_num_steps(2) if flow else student_of()
+    energy, take = counting_energy(skewed_energy)
+    fit = ds.fit(
+        KEY,
+        student,
+        ds.objectives.weighted_sum(
+            (ds.objectives.log_variance(), 1.0), (make(teacher, params, **options), 1.0)
+        ),
+        energy,
+        num_updates=3,
+        batch_size=8,
+        progress_bar=False,
+    )
+    made = take()
+    assert fit.num_energy_evaluations == made["energy"]
+    assert fit.num_gradient_evaluations == made["gradient"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.relaxed("dtypes")
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_one_call_arrives_where_the_teacher_does(name):
+    """From the exact score of a shifted Gaussian of unequal scales."""
+    teacher = teacher_of(score_control(SCHEDULE), 64)
+    make, _ = OBJECTIVES[name]
+    options = {"num_times": 9} if name == "consistency" else {}
+    flow = name == "progressive"
+    if flow:
+        student = teacher_of(ds.networks.free(32, step_conditioned=True), 1)
+    else:
+        student = student_of(ds.networks.consistency(32))
+    noise = jax.random.normal(KEY, (4_000, 2))
+    points = student.original(MEAN[None] + SD[None] * noise)
+    fit = ds.fit(
+        KEY,
+        student,
+        make(teacher, {"generation": ()}, **options),
+        skewed_energy,
+        behaviour=ds.behaviours.reference_draws(points),
+        optimizer=optax.adam(3e-3),
+        anneal=ds.schedules.cosine_anneal,
+        num_updates=3_000,
+        batch_size=128,
+        progress_bar=False,
+    )
+    x = jnp.array(LOC) + jnp.array(SCALE) * jax.random.normal(KEY, (500, 2))
+    exact = jax.vmap(lambda x: moved(SCHEDULE, student.unit(x), 0.0, 1.0))(x)
+    if flow:
+        step = jax.tree.map(lambda column: column[0], student.steps())
+        ends = jax.vmap(lambda x: student.flow_step(fit.params, step, x, jnp.zeros(0)))(
+            x
+        )
+    else:
+        ends = jax.vmap(lambda x: student.predicted_end(fit.params, jnp.zeros(()), x))(
+            x
+        )
+    error = np.sqrt(np.mean((student.unit(ends) - exact) ** 2))
+    assert error < 0.08
+
+
+TRAINED = jax.tree.map(lambda leaf: leaf + 0.1, teacher_of(FREE, 8).init(KEY))
+
+
+@pytest.mark.parametrize(
+    ("name", "student", "match"),
+    [
+        ("consistency", teacher_of(FREE, 4), "student must be a ds.samplers.cdds"),
+        ("continuous", teacher_of(FREE, 4), "student must be a ds.samplers.cdds"),
+        ("progressive", student_of(), "Renoising has no probability flow"),
+        ("consistency", student_of(scale=1.0), "the same scale"),
+        (
+            "continuous",
+            student_of(schedule=ds.schedules.cosine()),
+            "the same schedule",
+        ),
+        ("progressive", teacher_of(FREE, 4, loc=0.0), "the same loc"),
+        ("progressive", teacher_of(FREE, 8), "the student has 8 steps and the teacher"),
+        ("progressive", teacher_of(FREE, 3), "the student has 3 steps and the teacher"),
+        ("progressive", teacher_of(FREE, 16), "student has 16 steps and the teacher 8"),
+    ],
+)
+def test_students_that_cannot(name, student, match):
+    make, options = OBJECTIVES[name]
+    objective = make(teacher_of(FREE, 8), TRAINED, **options)
+    with pytest.raises(ValueError, match=match):
+        ds.fit(KEY, student, objective, skewed_energy, num_updates=1)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_teachers_that_cannot(name):
+    make, options = OBJECTIVES[name]
+    untrained = teacher_of(FREE, 8)
+    with pytest.raises(ValueError, match="that of an untrained sampler"):
+        make(untrained, untrained.init(jax.random.key(5)), **options)
+    with pytest.raises(ValueError, match="has no probability flow"):
+        make(ds.samplers.pis(2, 8), {}, **options)
+
+
+def test_bad_options():
+    with pytest.raises(ValueError, match=r"num_times must be between 2 and .* 9, got"):
+        ds.objectives.consistency_distillation(teacher_of(FREE, 8), TRAINED)
+    with pytest.raises(ValueError, match="damping must be positive, got 0"):
+        ds.objectives.continuous_consistency(teacher_of(FREE, 8), TRAINED, damping=0)
+    with pytest.raises(ValueError, match="data_std must be positive, got -1"):
+        ds.networks.consistency(data_std=-1)
+    with pytest.raises(ValueError, match="smallest_std must lie strictly between"):
+        student_of(smallest_std=0.0)
