@@ -7,6 +7,7 @@ from diffsamp import evidence as evidence
 from diffsamp import mcmc as mcmc
 from diffsamp import metrics as metrics
 from diffsamp import networks as networks
+from diffsamp import not_bounds as not_bounds
 from diffsamp import objectives as objectives
 from diffsamp import plotting as plotting
 from diffsamp import probes as probes
@@ -26,6 +27,8 @@ from diffsamp.drawing import Draws as Draws
 from diffsamp.drawing import draw as draw
 from diffsamp.drawing import log_weights_of as log_weights_of
 from diffsamp.evaluation import evaluate as evaluate
+from diffsamp.parallel_in_time import Parareal as Parareal
+from diffsamp.parallel_in_time import parareal as parareal
 from diffsamp.probes import Probe as Probe
 from diffsamp.sampler import Bounds as Bounds
 from diffsamp.sampler import Sampler as Sampler
@@ -71,6 +74,7 @@ __all__ = [
     "LogEvidence",
     "Modes",
     "Objective",
+    "Parareal",
     "Path",
     "ProbabilityFlow",
     "Probe",
@@ -97,8 +101,10 @@ __all__ = [
     "mcmc",
     "metrics",
     "networks",
+    "not_bounds",
     "objectives",
     "param_labels",
+    "parareal",
     "plotting",
     "prior_draws",
     "probability_flow",

@@ -171,22 +171,24 @@ class ProbabilityFlow:
         """
         self._check_weight()
         self.check_energy(energy, condition)
-        control = self._control(params, energy, condition)
+        step = self.stepper(params, energy, condition)
 
-        def step(y, row):
-            k, keep, gain = row
-
-            def move(y):
-                moved = keep * y + gain * control(k, y)
+        def move(y, k):
+            def twice(y):
+                moved = step(k, y)
                 return moved, moved
 
-            jacobian, moved = jax.jacfwd(move, has_aux=True)(y)
+            jacobian, moved = jax.jacfwd(twice, has_aux=True)(y)
             return moved, (y, jnp.linalg.slogdet(jacobian)[1])
 
-        y, rows = self.sampler.unit(jnp.asarray(x)), self._rows
-        y, (ys, log_dets) = jax.lax.scan(step, y, rows)
-        ys = jnp.concatenate([ys, y[None]])
-        return self._weighted(ys, log_dets, energy, condition)
+        y, places = self.sampler.unit(jnp.asarray(x)), jnp.arange(self.num_steps)
+        y, (ys, log_dets) = jax.lax.scan(move, y, places)
+        xs = self.sampler.original(jnp.concatenate([ys, y[None]]))
+        value = bind_condition(energy, condition)(xs[-1])
+        log_prior = self.log_reference(x)
+        log_weight = -value - log_prior + jnp.sum(log_dets)
+        zeros = jnp.zeros_like(log_dets)
+        return Trajectory(xs, xs[-1], log_weight, log_prior, -log_dets, zeros, value)
 
     def trace_back(
         self,
@@ -205,18 +207,18 @@ class ProbabilityFlow:
         self._check_weight()
         self.check_energy(energy, condition)
         control = self._control(params, energy, condition)
+        keep, gain = self._coefficients
 
-        def step(y_next, row):
-            k, keep, gain = row
-
+        def step(y_next, k):
             def improve(_, y):
-                return (y_next - gain * control(k, y)) / keep
+                return (y_next - gain[k] * control(k, y)) / keep[k]
 
-            y = jax.lax.fori_loop(0, self._num_iterations, improve, y_next / keep)
+            y = jax.lax.fori_loop(0, self._num_iterations, improve, y_next / keep[k])
             return y, None
 
         end = self.sampler.unit(jnp.asarray(x))
-        y, _ = jax.lax.scan(step, end, self._rows, reverse=True)
+        places = jnp.arange(self.num_steps)
+        y, _ = jax.lax.scan(step, end, places, reverse=True)
         return self.transport(params, self.sampler.original(y), energy, condition)
 
     def final(
@@ -253,6 +255,29 @@ class ProbabilityFlow:
         place = jax.random.fold_in(as_key(key), self.num_steps)
         return self.sampler.original(standard_normal(place, (self.dim,), dtype))
 
+    def stepper(self, params: Params, energy: Energy, condition: Array | None = None):
+        """``(k, y [D]) -> y [D]``, step number k in unit coordinates.
+
+        Raises:
+            ValueError: when the solver needs more than one call per step.
+        """
+        if not isinstance(self.solver, solvers.OneCallSolver):
+            raise ValueError(
+                f"{type(self.solver).__name__} cannot take a single step; use a solver "
+                "of one call per step: ds.solvers.frozen, euler or exponential"
+            )
+        keep, gain = self._coefficients
+        control = self._control(params, energy, condition)
+        return lambda k, y: keep[k] * y + gain[k] * control(k, y)
+
+    def log_reference(self, x: Array) -> Array:
+        """Log-density of the reference at x [D], []."""
+        y = self.sampler.unit(jnp.asarray(x))
+        scale = np.broadcast_to(np.asarray(self.sampler.scale, np.float64), (self.dim,))
+        one = jnp.ones((), y.dtype)
+        value = normal_log_prob(y, jnp.zeros_like(y), one)
+        return value - float(np.sum(np.log(scale)))
+
     def _control(self, params, energy, condition):
         sampler, steps = self.sampler, self.sampler.steps()
 
@@ -265,12 +290,11 @@ class ProbabilityFlow:
         return control
 
     @property
-    def _rows(self):
+    def _coefficients(self):
         assert isinstance(self.solver, solvers.OneCallSolver)
-        columns = (np.arange(self.num_steps), *self.solver.coefficients(self.grid))
         dtype = jax.dtypes.canonicalize_dtype(float)
-        index, *others = columns
-        return (jnp.asarray(index), *(jnp.asarray(c, dtype) for c in others))
+        columns = self.solver.coefficients(self.grid)
+        return tuple(jnp.asarray(column, dtype) for column in columns)
 
     @property
     def _num_iterations(self) -> int:
@@ -278,17 +302,6 @@ class ProbabilityFlow:
         if bound is None or not 0 < bound < 1:
             return 0
         return math.ceil(math.log(_PRECISION) / math.log(bound))
-
-    def _weighted(self, ys, log_dets, energy, condition):
-        xs = self.sampler.original(ys)
-        value = bind_condition(energy, condition)(xs[-1])
-        scale = np.broadcast_to(np.asarray(self.sampler.scale, np.float64), (self.dim,))
-        start, one = ys[0], jnp.ones((), ys.dtype)
-        log_prior = normal_log_prob(start, jnp.zeros_like(start), one)
-        log_prior -= float(np.sum(np.log(scale)))
-        log_weight = -value - log_prior + jnp.sum(log_dets)
-        zeros = jnp.zeros_like(log_dets)
-        return Trajectory(xs, xs[-1], log_weight, log_prior, -log_dets, zeros, value)
 
     def _check_weight(self):
         if self.why_no_weight is not None:

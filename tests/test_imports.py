@@ -44,6 +44,8 @@ MAY_IMPORT = {
     "sampler": STATIC | {"processes"},
     "batching": STATIC | {"sampler", "deterministic"},
     "deterministic": STATIC | {"sampler", "solvers"},
+    "parallel_in_time": LOW | {"deterministic"},
+    "not_bounds": LOW | {"deterministic"},
     # the four independent choices
     "samplers": MACHINE,
     "objectives": MACHINE,
