@@ -39,6 +39,8 @@ from diffsamp.standardise import short_mcmc as short_mcmc
 from diffsamp.standardise import standardise as standardise
 from diffsamp.summary import summary as summary
 from diffsamp.summary import verdict_lines as verdict_lines
+from diffsamp.time_grids import TunedGrid as TunedGrid
+from diffsamp.time_grids import tune_time_grid as tune_time_grid
 from diffsamp.training import FitResult as FitResult
 from diffsamp.training import TrainingDiverged as TrainingDiverged
 from diffsamp.training import TrainState as TrainState
@@ -88,6 +90,7 @@ __all__ = [
     "TrainState",
     "TrainingDiverged",
     "Trajectory",
+    "TunedGrid",
     "VarianceRatios",
     "behaviours",
     "buffers",
@@ -120,6 +123,7 @@ __all__ = [
     "summary",
     "targets",
     "training",
+    "tune_time_grid",
     "variance_ratios",
     "verdict_lines",
 ]

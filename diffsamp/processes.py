@@ -18,15 +18,19 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from diffsamp.schedules import NoiseSchedule, PowerGrid, TimeGrid
 
+Times = np.ndarray | jax.Array
+
 
 class Coefficients(NamedTuple):
-    """Constants of a process on a grid of K steps, NumPy float64.
+    """Constants of a process on a grid of K steps: NumPy float64, or JAX.
 
     Attributes:
         times: [K+1], from 0 at the reference to 1 at the target.
@@ -37,17 +41,18 @@ class Coefficients(NamedTuple):
         score_gain: [K].
     """
 
-    times: np.ndarray
-    generation_decay: np.ndarray
-    generation_std: np.ndarray
-    destruction_decay: np.ndarray
-    destruction_std: np.ndarray
-    score_gain: np.ndarray
+    times: Any
+    generation_decay: Any
+    generation_std: Any
+    destruction_decay: Any
+    destruction_std: Any
+    score_gain: Any
 
 
 class Process(Protocol):
     """A frozen, hashable description that yields `Coefficients` for any step count.
 
+    ``on(times)`` yields them for given times, NumPy or JAX, without a check.
     ``has_flow`` says whether half of the generation control is a probability flow, as
     it is where generation without a control reverses destruction.
     """
@@ -59,6 +64,8 @@ class Process(Protocol):
     def has_flow(self) -> bool: ...
 
     def coefficients(self, num_steps: int) -> Coefficients: ...
+
+    def on(self, times: Times) -> Coefficients: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,16 +89,20 @@ class PinnedBrownian:
 
     @functools.lru_cache(maxsize=64)  # noqa: B019 - frozen and small
     def coefficients(self, num_steps: int) -> Coefficients:
-        times = self.time_grid(num_steps)
-        dt = np.diff(times)
+        return self.on(self.time_grid(num_steps))
+
+    def on(self, times: Times) -> Coefficients:
+        xp, num_steps = _module_of(times), times.shape[0] - 1
+        dt = xp.diff(times)
         ratio = times[:-1] / times[1:]
+        bridge = xp.sqrt(dt[1:] * ratio[1:])
         return Coefficients(
             times=times,
-            generation_decay=np.ones(num_steps),
-            generation_std=np.sqrt(dt),
+            generation_decay=xp.ones(num_steps),
+            generation_std=xp.sqrt(dt),
             destruction_decay=ratio,
-            destruction_std=np.sqrt(dt * ratio),
-            score_gain=np.sqrt(dt * num_steps),
+            destruction_std=xp.concatenate([xp.zeros(1), bridge]),
+            score_gain=xp.sqrt(dt * num_steps),
         )
 
 
@@ -120,15 +131,19 @@ class VariancePreserving:
     @functools.lru_cache(maxsize=64)  # noqa: B019 - frozen and small
     def coefficients(self, num_steps: int) -> Coefficients:
         times = self.time_grid(num_steps)
-        signal = self.schedule.signal(times)
-        keep = signal[:-1] / signal[1:]
-        if not np.all(keep < 1):
+        if not np.all(np.diff(self.schedule.signal(times)) > 0):
             raise ValueError(
                 "the noise schedule must increase strictly on the time grid; with "
                 f"{num_steps} steps it stands still. Use fewer steps or another "
                 "schedule"
             )
-        decay, std = np.sqrt(keep), np.sqrt(1 - keep)
+        return self.on(times)
+
+    def on(self, times: Times) -> Coefficients:
+        xp, num_steps = _module_of(times), times.shape[0] - 1
+        signal = self.schedule.signal(times)
+        keep = signal[:-1] / signal[1:]
+        decay, std = xp.sqrt(keep), xp.sqrt(1 - keep)
         return Coefficients(
             times=times,
             generation_decay=decay,
@@ -160,9 +175,12 @@ class Brownian:
 
     @functools.lru_cache(maxsize=64)  # noqa: B019 - frozen and small
     def coefficients(self, num_steps: int) -> Coefficients:
-        times = self.time_grid(num_steps)
-        std = self.diffusion * np.sqrt(np.diff(times))
-        one = np.ones(num_steps)
+        return self.on(self.time_grid(num_steps))
+
+    def on(self, times: Times) -> Coefficients:
+        xp, num_steps = _module_of(times), times.shape[0] - 1
+        std = self.diffusion * xp.sqrt(xp.diff(times))
+        one = xp.ones(num_steps)
         return Coefficients(
             times=times,
             generation_decay=one,
@@ -205,13 +223,22 @@ class Renoising:
 
     @functools.lru_cache(maxsize=64)  # noqa: B019 - frozen and small
     def coefficients(self, num_steps: int) -> Coefficients:
-        table = VariancePreserving(self.schedule, self.time_grid).coefficients(
-            num_steps
-        )
+        destruction = VariancePreserving(self.schedule, self.time_grid)
+        return self._renoised(destruction.coefficients(num_steps))
+
+    def on(self, times: Times) -> Coefficients:
+        return self._renoised(VariancePreserving(self.schedule).on(times))
+
+    def _renoised(self, table):
+        xp, num_steps = _module_of(table.times), table.times.shape[0] - 1
         signal = self.schedule.signal(table.times[1:])
-        std = np.sqrt(1 - signal + self.smallest_std**2)
+        std = xp.sqrt(1 - signal + self.smallest_std**2)
         return table._replace(
-            generation_decay=np.zeros(num_steps),
+            generation_decay=xp.zeros(num_steps),
             generation_std=std,
-            score_gain=np.sqrt(signal * num_steps) / std,
+            score_gain=xp.sqrt(signal * num_steps) / std,
         )
+
+
+def _module_of(times: Times) -> Any:
+    return jnp if isinstance(times, jax.Array) else np

@@ -27,7 +27,7 @@ from jax.ad_checkpoint import checkpoint_name
 from diffsamp._distributions import normal_log_prob, standard_normal
 from diffsamp.energies import as_key, bind_condition, check_energy
 from diffsamp.networks import Backbone, Context, Control
-from diffsamp.processes import Process, Renoising
+from diffsamp.processes import Coefficients, Process, Renoising
 from diffsamp.types import Array, Energy, Key, Params, Path, Trajectory
 
 _EVALUATED = "energy and score"  # what rematerialisation keeps: O(K D) numbers
@@ -792,7 +792,9 @@ class Sampler:
 
     def steps(self) -> Step:
         """Constants of all steps, [K] each."""
-        table = self.process.coefficients(self.num_steps)
+        return self._as_steps(self.process.coefficients(self.num_steps))
+
+    def _as_steps(self, table: Coefficients) -> Step:
         columns = (table.times[:-1], table.times[1:], *table[1:])
         root = np.full(self.num_steps, 1 / math.sqrt(self.num_steps))
         columns = (*columns[:2], root, *columns[2:])

@@ -3,7 +3,8 @@
 A *noise schedule* of the variance-preserving family gives the share of the target's
 variance that is still signal at time t: ``signal(t) = alpha_bar(t)``, with value 1 at
 t = 1 (target) and nearly 0 at t = 0 (reference). A *time grid* turns a number of steps
-into times. Both work on NumPy float64 on the host: samplers turn them into constants.
+into times. Both work on NumPy float64 on the host, where samplers turn them into
+constants; noise schedules also take JAX arrays, for times that are learned.
 
 Schedules over training updates (exploration noise, weights of objectives) are Optax
 schedules: any ``count -> value``.
@@ -41,9 +42,10 @@ class GeometricNoise:
     floor: float
 
     def signal(self, t: np.ndarray) -> np.ndarray:
+        xp, t = _numbers(t)
         r2 = self.smallest_scale**2
-        noise = (r2 ** np.asarray(t, np.float64) - r2) / (1 - r2)
-        return np.maximum(1 - noise, self.floor)
+        noise = (r2**t - r2) / (1 - r2)
+        return xp.maximum(1 - noise, self.floor)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +55,8 @@ class CosineNoise:
     floor: float
 
     def signal(self, t: np.ndarray) -> np.ndarray:
-        share = np.sin(0.5 * np.pi * np.asarray(t, np.float64)) ** 2
+        xp, t = _numbers(t)
+        share = xp.sin(0.5 * np.pi * t) ** 2
         return self.floor + (1 - self.floor) * share  # strictly increasing
 
 
@@ -65,9 +68,9 @@ class LinearNoise:
     beta_target: float
 
     def signal(self, t: np.ndarray) -> np.ndarray:
-        t = np.asarray(t, np.float64)
+        xp, t = _numbers(t)
         slope = self.beta_target - self.beta_reference
-        return np.exp(-(self.beta_reference * (1 - t) + 0.5 * slope * (1 - t**2)))
+        return xp.exp(-(self.beta_reference * (1 - t) + 0.5 * slope * (1 - t**2)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,10 +81,10 @@ class CosinePowerNoise:
 
     def signal(self, t: np.ndarray) -> np.ndarray:
         # int cos^4(pi u / 2) du = 3 u / 8 + sin(pi u) / (2 pi) + sin(2 pi u) / (16 pi)
-        u = np.asarray(t, np.float64)
-        mass = 3 * u / 8 + np.sin(np.pi * u) / (2 * np.pi)
-        mass = (mass + np.sin(2 * np.pi * u) / (16 * np.pi)) / (3 / 8)
-        return np.exp(-self.total * (1 - mass))
+        xp, u = _numbers(t)
+        mass = 3 * u / 8 + xp.sin(np.pi * u) / (2 * np.pi)
+        mass = (mass + xp.sin(2 * np.pi * u) / (16 * np.pi)) / (3 / 8)
+        return xp.exp(-self.total * (1 - mass))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +95,34 @@ class PowerGrid:
 
     def __call__(self, num_steps: int) -> np.ndarray:
         return 1 - (1 - np.linspace(0.0, 1.0, num_steps + 1)) ** self.power
+
+
+@dataclasses.dataclass(frozen=True)
+class FixedGrid:
+    """Given times, for their own number of steps only.
+
+    Attributes:
+        times: from 0 to 1, increasing.
+
+    Raises:
+        ValueError: when they are not; when called for another number of steps.
+    """
+
+    times: tuple[float, ...]
+
+    def __post_init__(self):
+        times = np.asarray(self.times, np.float64)
+        ends = times.ndim == 1 and times.size > 1 and times[0] == 0 and times[-1] == 1
+        if not (ends and np.all(np.diff(times) > 0)):
+            raise ValueError(f"times must increase from 0 to 1, got {self.times}")
+
+    def __call__(self, num_steps: int) -> np.ndarray:
+        if num_steps != len(self.times) - 1:
+            raise ValueError(
+                f"this time grid has {len(self.times) - 1} steps, got {num_steps}; "
+                "take with_num_steps of the sampler it was made from, and tune again"
+            )
+        return np.asarray(self.times, np.float64)
 
 
 def geometric(smallest_scale: float = 0.1, floor: float = 1e-6) -> GeometricNoise:
@@ -206,6 +237,13 @@ def cosine_anneal(progress: jax.Array) -> jax.Array:
         0.5
     """
     return 0.5 * (1 + jnp.cos(jnp.pi * jnp.asarray(progress)))
+
+
+def _numbers(t):
+    """The module that computes on t, and t: float64 on the host."""
+    if isinstance(t, jax.Array):
+        return jnp, t
+    return np, np.asarray(t, np.float64)
 
 
 def _check_open_unit(name: str, value: float) -> None:

@@ -46,6 +46,7 @@ MAY_IMPORT = {
     "deterministic": STATIC | {"sampler", "solvers"},
     "parallel_in_time": LOW | {"deterministic"},
     "not_bounds": LOW | {"deterministic"},
+    "time_grids": LOW | {"schedules", "sampler"},
     # the four independent choices
     "samplers": MACHINE,
     "objectives": MACHINE,
