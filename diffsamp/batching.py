@@ -66,7 +66,7 @@ def pilot(
 
 def trace_back_log_weights(
     key: Key,
-    sampler: Sampler,
+    sampler: Sampler | ProbabilityFlow,
     params: Params,
     energy: Energy,
     x: Array,

@@ -13,7 +13,7 @@ schedules: any ``count -> value``.
 from __future__ import annotations
 
 import dataclasses
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -23,9 +23,12 @@ FORGETTING = 1e-4
 
 
 class NoiseSchedule(Protocol):
-    """``signal(t) -> alpha_bar``: increasing in t, 1 at the target."""
+    """``signal(t) -> alpha_bar``: increasing in t, 1 at the target.
 
-    def signal(self, t: np.ndarray) -> np.ndarray: ...
+    NumPy for NumPy times; JAX for JAX times, where these are to be learned.
+    """
+
+    def signal(self, t: Any) -> Any: ...
 
 
 class TimeGrid(Protocol):
@@ -41,7 +44,7 @@ class GeometricNoise:
     smallest_scale: float
     floor: float
 
-    def signal(self, t: np.ndarray) -> np.ndarray:
+    def signal(self, t: Any) -> Any:
         xp, t = _numbers(t)
         r2 = self.smallest_scale**2
         noise = (r2**t - r2) / (1 - r2)
@@ -54,7 +57,7 @@ class CosineNoise:
 
     floor: float
 
-    def signal(self, t: np.ndarray) -> np.ndarray:
+    def signal(self, t: Any) -> Any:
         xp, t = _numbers(t)
         share = xp.sin(0.5 * np.pi * t) ** 2
         return self.floor + (1 - self.floor) * share  # strictly increasing
@@ -67,7 +70,7 @@ class LinearNoise:
     beta_reference: float
     beta_target: float
 
-    def signal(self, t: np.ndarray) -> np.ndarray:
+    def signal(self, t: Any) -> Any:
         xp, t = _numbers(t)
         slope = self.beta_target - self.beta_reference
         return xp.exp(-(self.beta_reference * (1 - t) + 0.5 * slope * (1 - t**2)))
@@ -79,7 +82,7 @@ class CosinePowerNoise:
 
     total: float
 
-    def signal(self, t: np.ndarray) -> np.ndarray:
+    def signal(self, t: Any) -> Any:
         # int cos^4(pi u / 2) du = 3 u / 8 + sin(pi u) / (2 pi) + sin(2 pi u) / (16 pi)
         xp, u = _numbers(t)
         mass = 3 * u / 8 + xp.sin(np.pi * u) / (2 * np.pi)

@@ -13,7 +13,7 @@ question of how, not of whether, a path reaches them.
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -147,8 +147,9 @@ def tune_time_grid(
     if not better:
         times, after = old, before
     else:
+        process: Any = sampler.process
         process = dataclasses.replace(
-            sampler.process, time_grid=FixedGrid(tuple(times.tolist()))
+            process, time_grid=FixedGrid(tuple(times.tolist()))
         )
         sampler = dataclasses.replace(sampler, process=process)
     return TunedGrid(
@@ -163,6 +164,8 @@ def tune_time_grid(
 
 class _OnGrid(Sampler):
     """A sampler whose times are traced; never leaves this module."""
+
+    _traced_times: Any = None  # of the class alone, which is no dataclass itself
 
     def with_times(self, times: Array) -> _OnGrid:
         object.__setattr__(self, "_traced_times", times)

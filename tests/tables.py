@@ -60,6 +60,7 @@ SAMPLERS = {
     ),
     "scds": _sampler(
         ds.samplers.scds,
+        destruction_bounds=ds.Bounds(log_variance=3.0, finest=16),
         network=ds.networks.free(**SMALL, learn_variance=True, step_conditioned=True),
         destruction_network=ds.networks.free(
             **SMALL, learn_variance=True, step_conditioned=True
@@ -67,6 +68,8 @@ SAMPLERS = {
     ),
     "scds_tied": _sampler(
         ds.samplers.scds,
+        generation_bounds=ds.Bounds(log_variance=3.0, shift=2.0, finest=16),
+        destruction_bounds=ds.Bounds(log_variance=3.0, finest=16),
         network=ds.networks.free(**SMALL, step_conditioned=True, flow_tied=True),
         destruction_network=ds.networks.free(
             **SMALL, learn_variance=True, step_conditioned=True

@@ -192,16 +192,28 @@ def test_step_counts_share_parameters(made):
 # -- float64 and the gradient of a rollout --------------------------------------------
 
 
-def _kernel(sampler, k, y, decay, std, control, bounds):
+def _kernel(sampler, k, y, decay, std, control, bounds, *, destroys=False):
     """Mean and standard deviation, as the docstrings state them."""
-    shift = control[: sampler.dim] / math.sqrt(sampler.num_steps)
-    if bounds.shift is not None:
-        shift = bounds.shift * jnp.tanh(shift / bounds.shift)
-    mean, c = decay[k] * y + std[k] * shift, bounds.log_variance
-    spread = control[sampler.dim :]
-    if spread.size:
-        return mean, std[k] * jnp.exp(0.5 * c * jnp.tanh(spread / c))
-    return mean, jnp.full(sampler.dim, std[k])
+    free, c = 1.0, bounds.log_variance
+    if bounds.finest is not None:
+        share = (bounds.finest / sampler.num_steps - 1) / (bounds.finest - 1)
+        free = math.sqrt(max(share, 0.0))
+
+    def shift(numbers):
+        moved = numbers / math.sqrt(sampler.num_steps)
+        if bounds.shift is None:
+            return std[k] * moved
+        return std[k] * bounds.shift * jnp.tanh(moved / bounds.shift)
+
+    drift, spread, residual = jnp.split(jnp.resize(control, 6), 3)
+    mean = decay[k] * y + shift(drift) * (free if destroys else 1.0)
+    if control.size == 2:
+        return mean, jnp.full(2, std[k])
+    ratio = jnp.exp(free * c * jnp.tanh(spread / c))
+    if control.size == 6:
+        flow = y + shift(drift) / 2
+        mean = flow + jnp.minimum(ratio, 1.0) * (mean - flow) + free * shift(residual)
+    return mean, std[k] * jnp.sqrt(ratio)
 
 
 def _log_normal(x, mean, std):
@@ -247,7 +259,7 @@ def _by_hand(sampler, params, y, noise):
             v = control(sampler.destruction, "destruction", *at)
         destruction = table.destruction_decay, table.destruction_std
         bounds = sampler.destruction_bounds
-        mean, std = _kernel(sampler, k, y_next, *destruction, v, bounds)
+        mean, std = _kernel(sampler, k, y_next, *destruction, v, bounds, destroys=True)
         if table.destruction_std[k] > 0:
             total += _log_normal(y, mean, std) - log_volume
         y = y_next

@@ -1,0 +1,86 @@
+"""Step-conditioned kernels: the reference's at many steps, the flow's without noise."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tables import SMALL, perturbed, skewed_energy
+
+import diffsamp as ds
+
+KEY = jax.random.key(0)
+PROCESS = {"loc": (0.4, -0.3), "scale": (1.8, 1.5)}
+TIED = ds.networks.annealed_score_guided(**SMALL, step_conditioned=True, flow_tied=True)
+BACK = ds.networks.free(**SMALL, learn_variance=True, step_conditioned=True)
+
+
+def sampler_of(num_steps, **options):
+    options = {"network": TIED, "destruction_network": BACK, **PROCESS, **options}
+    return ds.samplers.scds(2, num_steps, **options)
+
+
+def run(sampler, params):
+    return jax.jit(lambda params: sampler(params, KEY, skewed_energy))(params)
+
+
+def test_at_the_finest_grid_only_the_drift_is_learned(x64):
+    """The factory's own number of steps; the drift is that of an untied network."""
+    sampler = sampler_of(8)
+    assert sampler.generation_bounds.finest == 8
+    params = perturbed(sampler.init(KEY), 0.3)
+
+    def drift(params, x, t, context):
+        return TIED(params, x, t, context)[:2]
+
+    plain = ds.samplers.dis(
+        2,
+        8,
+        **PROCESS,
+        network=ds.networks.from_function(lambda key, dim: (), drift, needs_score=True),
+    )
+    drift_params = {"generation": params["generation"]}
+    found, expected = run(sampler, params), run(plain, drift_params)
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-9)
+    few = run(sampler.with_num_steps(4), params)
+    other = run(plain.with_num_steps(4), drift_params)
+    assert not np.any(np.isclose(few.xs[1:], other.xs[1:], rtol=1e-4))
+
+
+@pytest.mark.parametrize("num_steps", [1, 2])
+def test_without_noise_a_path_is_the_flow(x64, num_steps):
+    def quiet(params, x, t, context):
+        drift = TIED(params, x, t, context)[:2]
+        return jnp.concatenate([drift, jnp.full(2, -1e3), jnp.zeros(2)])
+
+    network = ds.networks.from_function(
+        lambda key, dim: TIED.init(key, dim, 0), quiet, needs_score=True
+    )
+    sampler = sampler_of(
+        num_steps, network=network, generation_bounds=ds.Bounds(log_variance=60.0)
+    )
+    params = perturbed(sampler.init(KEY), 0.3)
+    path = run(sampler, params)
+    flow = ds.probability_flow(sampler)
+    end = jax.jit(lambda x: flow.solve(params, x, skewed_energy))(path.xs[0])
+    np.testing.assert_allclose(path.x, end, rtol=1e-9)
+
+
+def test_how_free_kernels_are():
+    bounds = ds.Bounds(finest=16)
+    found = [bounds.freedom(k) for k in (1, 2, 4, 16, 100)]
+    np.testing.assert_allclose(found, np.sqrt([1.0, 7 / 15, 3 / 15, 0.0, 0.0]))
+    assert ds.Bounds().freedom(100) == 1.0
+    one_step = ds.samplers.scds(2, 1, learn_generation_variance=True)
+    assert one_step.generation_bounds.freedom(1) == 1.0
+
+
+def test_bad_input():
+    with pytest.raises(ValueError, match="finest must be at least 2 or None, got 1"):
+        ds.Bounds(finest=1)
+    wrong = sampler_of(4, destruction_network=TIED)
+    with pytest.raises(ValueError, match="only the generation kernel can be tied"):
+        run(wrong, wrong.init(KEY))
+    bridge = ds.samplers.gbs(2, 4, network=ds.networks.free(**SMALL, flow_tied=True))
+    with pytest.raises(ValueError, match="Brownian has no probability flow"):
+        run(bridge, bridge.init(KEY))
