@@ -19,7 +19,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from rows import append, described, read, summarise
+from rows import (
+    NUM_POINTS,
+    SINKHORN_POINTS,
+    append,
+    described,
+    distances,
+    read,
+    summarise,
+)
 
 import diffsamp as ds
 
@@ -49,8 +57,6 @@ CELLS = (
 BATCH_SIZE = 256
 LEARNING_RATE = 2e-3
 NUM_PARTICLES = 2_048
-NUM_POINTS = 2_000
-SINKHORN_POINTS = 1_000
 
 
 def make_sampler(cell, dim):
@@ -162,37 +168,6 @@ def run_smc(cell, seed):
     )
     key = jax.random.fold_in(key, 2**31)
     return out | distances(key, target, x[pick], cell.num_repeats)
-
-
-def distances(key, target, points, num_repeats):
-    """W2 and Sinkhorn on disjoint sets of points over their floors, and the noise.
-
-    One pair of sets is not enough: mode counts alone move W2 by tens of per cent.
-    """
-    pairs = {"w2": [], "sinkhorn": []}
-    for repeat in range(num_repeats):
-        keys = jax.random.split(jax.random.fold_in(key, repeat), 2)
-        a, b = (np.asarray(target.sample(k, NUM_POINTS)) for k in keys)
-        part = points[repeat * NUM_POINTS : (repeat + 1) * NUM_POINTS]
-        w2 = [ds.metrics.wasserstein2(c, a) for c in (part, b)]
-        pairs["w2"].append(w2)
-        few = a[:SINKHORN_POINTS]
-        epsilon = 0.05 * float(np.sum(np.var(few, axis=0)))  # one for both
-        sinkhorn = [
-            ds.metrics.sinkhorn_divergence(
-                c[:SINKHORN_POINTS], few, epsilon=epsilon
-            ).value
-            for c in (part, b)
-        ]
-        pairs["sinkhorn"].append(sinkhorn)
-    out = {"num_repeats": num_repeats}
-    for name, values in pairs.items():
-        found, floor = np.array(values).T
-        out[name], out[f"{name}_floor"] = found.mean(), floor.mean()
-        out[f"{name}_ratio"] = found.mean() / floor.mean()
-        noise = np.std(found - floor, ddof=1) / np.sqrt(num_repeats)
-        out[f"{name}_ratio_se"] = noise / floor.mean()
-    return out
 
 
 def run(args):

@@ -1,0 +1,363 @@
+"""One-step and any-step samplers: draws and weights at 1, 2, 4, ..., 128 steps.
+
+    python experiments/consistent.py run
+    python experiments/consistent.py table
+    python experiments/consistent.py plot
+
+Every method is trained once per target and seed, and judged at all step counts:
+
+* `teacher`: dis with 128 steps, `log_variance`;
+* `scds`: the same with a step-conditioned control and `self_consistency`;
+* `any_step`: scds with both kernels learned at few steps and fitted there, too, by
+  Jeffreys' divergence;
+* `cdds`: distilled from the teacher of the same seed, then noise and way back fitted.
+
+`run` appends one JSON line per (target, method, seed, step count) to --out, keeps
+checkpoints and parameters beside it, and skips what is already there. Distances are
+those of one network call's (or 128 calls') draws from exact ones.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import pathlib
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from rows import append, described, distances, read, summarise
+
+import diffsamp as ds
+
+NUM_STEPS = 128
+STEPS = (1, 2, 4, 8, 16, 32, 64, 128)
+METHODS = ("teacher", "scds", "any_step", "cdds")
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """A target and how its samplers are set up; chosen on seeds from 100 on."""
+
+    target: str
+    scale: float
+    smallest_scale: float
+    num_updates: int = 3_000
+    width: int = 64
+    batch_size: int = 128
+    huber: float | None = None
+    num_repeats: int = 10  # pairs of sets of points, for distances
+
+
+CELLS = (
+    Cell("gmm9", 3.0, 0.18),
+    Cell("mw54", 2.0, 0.09),
+    Cell("funnel_hard", 5.0, 0.03, huber=10.0),
+    Cell("mw52", 1.4, 0.1, width=128),
+    Cell("drawn_image", 2.0, 0.02, width=128),
+    Cell("ionosphere", 1.0, 0.1, num_updates=1_500),
+)
+LEARNING_RATE = 2e-3
+CONSISTENCY = 10.0  # weight of self-consistency
+FEW_STEPS = 0.1  # weight of the divergence at few steps
+NUM_PARTICLES = 2_048
+TIMED_DRAWS = 100_000
+
+
+def make_sampler(cell, method, dim):
+    networks = ds.networks
+    process = {
+        "dim": dim,
+        "scale": cell.scale,
+        "schedule": ds.schedules.geometric(cell.smallest_scale),
+    }
+    if method == "teacher":
+        network = networks.annealed_score_guided(cell.width)
+        return ds.samplers.dis(num_steps=NUM_STEPS, network=network, **process)
+    back = networks.free(cell.width, learn_variance=True, step_conditioned=True)
+    if method == "cdds":
+        return ds.samplers.cdds(
+            network=networks.consistency(cell.width, learn_variance=True),
+            destruction_network=back,
+            **process,
+        )
+    tied = method == "any_step"
+    return ds.samplers.scds(
+        num_steps=NUM_STEPS,
+        network=networks.annealed_score_guided(
+            cell.width, step_conditioned=True, flow_tied=tied
+        ),
+        destruction_network=back if tied else None,
+        **process,
+    )
+
+
+def make_objective(cell, method, teacher):
+    o = ds.objectives
+    if method == "cdds":
+        return o.weighted_sum(
+            (o.consistency_distillation(*teacher), CONSISTENCY),
+            (jeffreys(), FEW_STEPS),
+        )
+    log_variance = o.log_variance(huber=cell.huber)
+    if method == "teacher":
+        return log_variance
+    terms = [(log_variance, 1.0), (o.self_consistency(), CONSISTENCY)]
+    if method == "any_step":
+        terms.append((o.at_num_steps(jeffreys(), STEPS[:-1]), FEW_STEPS))
+    return o.weighted_sum(*terms)
+
+
+def jeffreys():
+    o = ds.objectives
+    return o.weighted_sum(
+        (o.reverse_kl_log_derivative(), 1.0), (o.forward_kl_log_derivative(), 1.0)
+    )
+
+
+def make_behaviour():
+    b = ds.behaviours
+    return b.mixture((b.on_policy(), 0.5), (b.smc_seeded(NUM_PARTICLES), 0.5))
+
+
+def train(cell, method, seed, args):
+    """Trained sampler and what training took; from its file where there is one."""
+    place = args.out.parent / "consistent"
+    place.mkdir(parents=True, exist_ok=True)
+    name = f"{cell.target}_{method}_{seed}"
+    target = ds.targets.by_name(cell.target)
+    sampler = make_sampler(cell, method, target.dim)
+    teacher = None
+    if method == "cdds":
+        own = train(cell, "teacher", seed, args)
+        teacher = own[:2]
+    fit = ds.fit(
+        jax.random.key(seed),
+        sampler,
+        make_objective(cell, method, teacher),
+        target.energy,
+        behaviour=make_behaviour(),
+        optimizer=optax.adam(LEARNING_RATE),
+        anneal=ds.schedules.cosine_anneal,
+        batch_size=cell.batch_size,
+        num_updates=args.num_updates or cell.num_updates,
+        checkpoint=place / f"{name}.checkpoint",
+        progress_bar=False,
+    )
+    spent = {
+        "num_updates": len(fit.metrics["loss"]),
+        "num_skipped": fit.num_skipped,
+        "energy_evaluations": fit.num_energy_evaluations + fit.num_gradient_evaluations,
+        "network_evaluations": fit.num_network_evaluations,
+        "seconds": fit.seconds - fit.compile_seconds,
+        "compile_seconds": fit.compile_seconds,
+    }
+    return sampler, fit.params, spent
+
+
+def judge(cell, method, sampler, params, num_steps, seed, args):
+    """Weights, deterministic draws and times at one step count."""
+    target = ds.targets.by_name(cell.target)
+    few = sampler.with_num_steps(num_steps)
+    key = jax.random.fold_in(jax.random.key(seed), 10_000 + num_steps)
+    keys = jax.random.split(key, 4)
+    options = {"num_draws": args.num_draws, "sinkhorn": False}
+    result = ds.evaluate(keys[0], few, params, target, **options)
+    numbers = ("elbo", "eubo", "log_z", "log_z_error", "log_z_standard_error")
+    numbers += ("ess", "forward_ess", "pareto_k", "verdict", "elbo_gap", "eubo_gap")
+    numbers += ("mode_tv", "mode_tv_unweighted", "mode_tv_floor")
+    found = {name: result[name] for name in numbers if name in result}
+    drawn = few  # of the student, whose noise is next to none
+    if method != "cdds":
+        solver = ds.solvers.dpm_solver() if method == "teacher" else ds.solvers.frozen()
+        drawn = ds.probability_flow(few, solver)
+    draws = ds.draw(keys[1], drawn, params, target.energy, args.num_draws)
+    found |= {f"one_call_{k}": v for k, v in shape(target, draws.x).items()}
+    if num_steps in (1, NUM_STEPS):
+        if target.sample is not None:
+            num = 2_000 * cell.num_repeats
+            points = ds.draw(keys[2], drawn, params, target.energy, num).x
+            found |= distances(keys[3], target, points, cell.num_repeats)
+    if num_steps == 1 or (num_steps == NUM_STEPS and method == "teacher"):
+        ds.draw(keys[2], drawn, params, target.energy, 1_024)  # compiled
+        begin = time.perf_counter()
+        ds.draw(keys[2], drawn, params, target.energy, TIMED_DRAWS)
+        found["seconds_per_100_000"] = time.perf_counter() - begin
+    return found
+
+
+def shape(target, x):
+    """How draws differ from the truth in what a user would look at."""
+    out = {}
+    if target.modes is not None:
+        weights = ds.metrics.mode_weights(x, target.modes)
+        out["mode_tv"] = ds.metrics.total_variation(weights, target.modes.weights)
+    if target.sample is None:
+        return out
+    exact = np.asarray(target.sample(jax.random.key(2**31 - 1), 100_000))
+    if target.modes is not None:
+        assign = jax.vmap(target.modes.assign)
+        of_draws, of_exact = (np.asarray(assign(jnp.asarray(v))) for v in (x, exact))
+        ratios = [
+            np.std(x[of_draws == m], axis=0) / np.std(exact[of_exact == m], axis=0)
+            for m in range(len(target.modes.weights))
+            if np.sum(of_draws == m) > 50
+        ]
+        out["sd_error"] = float(np.abs(np.mean(ratios, axis=0) - 1).max())
+    levels = [0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99]
+    a, b = (np.quantile(v[:, 0], levels) for v in (x, exact))
+    out["quantile_error"] = float(np.abs(a - b).max() / np.std(exact[:, 0]))
+    return out
+
+
+def run(args):
+    for seed in args.seeds:
+        for cell in CELLS:
+            for method in METHODS:
+                if cell.target not in args.targets or method not in args.methods:
+                    continue
+                base = {"target": cell.target, "method": method, "seed": seed}
+                keys = (*base, "num_steps")
+                done = [tuple(row[k] for k in keys) for row in read(args.out)]
+                steps = [k for k in STEPS if (*base.values(), k) not in done]
+                if not steps:
+                    continue
+                sampler, params, spent = train(cell, method, seed, args)
+                for num_steps in steps:
+                    of = cell, method, sampler, params, num_steps, seed
+                    found = judge(*of, args)
+                    label = {**base, "num_steps": num_steps}
+                    settings = {**dataclasses.asdict(cell), "num_draws": args.num_draws}
+                    append(args.out, {**settings, **label, **spent, **found})
+                    brief = ("log_z_error", "ess", "pareto_k", "one_call_mode_tv")
+                    brief = {k: found.get(k) for k in (*brief, "w2_ratio")}
+                    print(*label.values(), brief, flush=True)
+
+
+COLUMNS = (
+    ("log Z error", "log_z_error", "{:+.3f}", abs),
+    ("ELBO gap", "elbo_gap", "{:.3f}", float),
+    ("EUBO gap", "eubo_gap", "{:.3f}", float),
+    ("ESS", "ess", "{:.3f}", lambda v: -v),
+    ("k-hat", "pareto_k", "{:.2f}", float),
+    ("mode error", "one_call_mode_tv", "{:.3f}", float),
+    ("mode sd error", "one_call_sd_error", "{:.3f}", float),
+    ("quantile error", "one_call_quantile_error", "{:.3f}", float),
+    ("W2 / floor", "w2_ratio", "{:.3f}", lambda v: abs(v - 1)),
+    ("its noise", "w2_ratio_se", "{:.3f}", float),
+    ("Sinkhorn / floor", "sinkhorn_ratio", "{:.3f}", lambda v: abs(v - 1)),
+    ("s / 100,000 draws", "seconds_per_100_000", "{:.2f}", float),
+    ("training s", "seconds", "{:.0f}", float),
+    ("energies", "energy_evaluations", "{:.1e}", float),
+)
+
+
+def table(args):
+    rows = [row for path in args.files for row in read(path)]
+    if not rows:
+        raise SystemExit(f"no rows in {', '.join(map(str, args.files))}; run first")
+    rows.sort(key=lambda row: row["seed"])
+    heads = " | ".join(column[0] for column in COLUMNS)
+    lines = [f"| target | method | steps | seeds | {heads} |"]
+    lines.append("| --- " * (len(COLUMNS) + 4) + "|")
+    for cell in CELLS:
+        for method in METHODS:
+            for num_steps in args.num_steps:
+                label = (cell.target, method, num_steps)
+                own = [
+                    r
+                    for r in rows
+                    if (r["target"], r["method"], r["num_steps"]) == label
+                ]
+                if own:
+                    cells = [summarise(own, *column[1:]) for column in COLUMNS]
+                    seeds = ", ".join(str(r["seed"]) for r in own)
+                    texts = [*map(str, label), seeds, *cells]
+                    lines.append("| " + " | ".join(texts) + " |")
+    first = rows[0]
+    note = (
+        f"Mean (worst) over seeds, {first['num_draws']:,} draws, {described(first)}. "
+        f"{honest(rows)}"
+    )
+    print("\n".join([*lines, "", note]))
+
+
+def honest(rows):
+    """Whether any ELBO lies above log Z or any EUBO below it, beyond its error."""
+    known = [r for r in rows if r.get("elbo_gap") is not None]
+    slack = [3 * (r["log_z_standard_error"] or np.inf) for r in known]
+    wrong = [
+        f"{r['target']}, {r['method']}, seed {r['seed']}, {r['num_steps']} steps"
+        for r, s in zip(known, slack, strict=True)
+        if r["elbo_gap"] < -s or (r.get("eubo_gap") or 0.0) < -s
+    ]
+    if wrong:
+        return "Bounds violated: " + "; ".join(wrong) + "."
+    return f"ELBO <= log Z <= EUBO within error on all {len(known)} rows."
+
+
+def plot(args):
+    """ESS against steps, and distance against network calls with training's share."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = [row for path in args.files for row in read(path)]
+    targets = [c.target for c in CELLS if any(r["target"] == c.target for r in rows)]
+    figure, axes = plt.subplots(2, len(targets), figsize=(3 * len(targets), 6))
+    axes = np.reshape(axes, (2, -1))
+    for column, target in zip(axes.T, targets, strict=True):
+        for method in METHODS:
+            own = [r for r in rows if (r["target"], r["method"]) == (target, method)]
+            for axis, name in zip(column, ("ess", "elbo_gap"), strict=True):
+                points = []
+                for num_steps in STEPS:
+                    values = [
+                        r[name]
+                        for r in own
+                        if r["num_steps"] == num_steps and r.get(name) is not None
+                    ]
+                    if values:
+                        points.append((num_steps, np.mean(values)))
+                if points:
+                    axis.plot(*np.array(points).T, marker="o", label=method)
+                axis.set(xscale="log", ylabel=name, xlabel="steps")
+        column[0].set_title(target)
+        column[1].set_yscale("symlog", linthresh=0.01)
+    axes[0, 0].legend()
+    figure.tight_layout()
+    figure.savefig(args.figure, dpi=150)
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    default = pathlib.Path("outputs/consistent.jsonl")
+    names = [cell.target for cell in CELLS]
+    commands = parser.add_subparsers(required=True)
+    runner = commands.add_parser("run")
+    runner.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    runner.add_argument("--targets", nargs="+", choices=names, default=names)
+    runner.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
+    runner.add_argument("--num-draws", type=int, default=10_000)
+    runner.add_argument("--num-updates", type=int, help="instead of the cell's own")
+    runner.add_argument("--out", type=pathlib.Path, default=default)
+    runner.set_defaults(do=run)
+    printer = commands.add_parser("table")
+    printer.add_argument("files", type=pathlib.Path, nargs="*", default=[default])
+    printer.add_argument("--num-steps", type=int, nargs="+", default=[1, 2, 4, 8, 128])
+    printer.set_defaults(do=table)
+    plotter = commands.add_parser("plot")
+    plotter.add_argument("files", type=pathlib.Path, nargs="*", default=[default])
+    plotter.add_argument("--figure", default="consistent.png")
+    plotter.set_defaults(do=plot)
+    args = parser.parse_args()
+    args.do(args)
+
+
+if __name__ == "__main__":
+    main()
