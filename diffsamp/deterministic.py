@@ -9,7 +9,7 @@ of a step ``y' = a y + b c(y)`` where a is not 0 and the displacement b c(y) / a
 Lipschitz constant L below 1 (Behrmann et al. 2019, arXiv 1811.00995): then the step
 has one inverse, the limit of ``y <- (y' - b c(y)) / a``, and
 
-    log_weight = -energy(x_K) - log p_0(x_0) + sum_k log |det(a_k I + b_k dc_k/dy)|
+    log_weight = -energy(x_K) - log p_0(x_0) + sum_k log abs det(a_k + b_k dc_k/dy)
 
 is exact, by the change of variables in each step; the determinants are those of full
 Jacobians, which takes D more network evaluations a step. `networks.contractive` has the
