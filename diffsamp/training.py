@@ -43,6 +43,7 @@ from diffsamp.types import (
     Params,
     Proposal,
     Request,
+    counted,
     total_cost,
 )
 
@@ -89,7 +90,8 @@ class FitResult(NamedTuple):
             the objective adds.
         num_energy_evaluations: energies evaluated alone, pilots included.
         num_gradient_evaluations: energies evaluated with their gradient.
-        num_network_evaluations: control evaluations in simulating and scoring.
+        num_network_evaluations: control evaluations in simulating and scoring, and
+            those of objectives and behaviours of their own.
         num_skipped: updates skipped for a non-finite loss or gradient.
         seconds: wall time, compilation included.
         compile_seconds: of it, spent before the first update: pilots and compilation.
@@ -313,7 +315,7 @@ def step(
         **behaviour.metrics(behaviour_state),
     }
     cost = total_cost([cost, extra.get("cost", Cost(0, 0))])
-    return new, metrics, Cost(*(jnp.asarray(c, jnp.int32) for c in cost))
+    return new, metrics, counted(cost)
 
 
 def fit(
@@ -575,7 +577,7 @@ def _chunk(recipe, length, state, energy, conditions, num, total, first, share):
 
     _, shapes, _ = jax.eval_shape(one, state)
     store = {k: jnp.zeros((length,), v.dtype) for k, v in shapes.items()}
-    none = Cost(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
+    none = counted(Cost(0, 0))
 
     def body(i, carry):
         state, store, cost = carry
@@ -625,6 +627,7 @@ class _Progress:
     def add_cost(self, cost: Cost) -> None:
         self.num_energy += int(cost.energy)
         self.num_gradient += int(cost.gradient)
+        self.num_network += int(cost.network)
 
     def add_chunk(self, num: int, metrics: dict[str, np.ndarray], cost: Cost) -> None:
         paths = num * self.batch_size

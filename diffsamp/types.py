@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
+import jax.numpy as jnp
 
 Array = jax.Array
 ArrayLike = jax.typing.ArrayLike
@@ -286,20 +287,27 @@ class Provides(NamedTuple):
 
 
 class Cost(NamedTuple):
-    """Evaluations of the target, as counts. A gradient evaluation yields the energy.
+    """Evaluations, as counts. A gradient evaluation yields the energy, too.
 
     Attributes:
         energy: evaluations of the energy alone, [].
         gradient: evaluations of energy and gradient together, [].
+        network: evaluations of a control network, [].
     """
 
     energy: Array | int
     gradient: Array | int
+    network: Array | int = 0
 
 
 def total_cost(costs: Sequence[Cost]) -> Cost:
     """The sum of several."""
-    return Cost(sum(c.energy for c in costs), sum(c.gradient for c in costs))
+    return Cost(*(sum(column) for column in zip(*costs, strict=True)))
+
+
+def counted(cost: Cost) -> Cost:
+    """The same as arrays of 32-bit integers, so that branches and loops agree."""
+    return Cost(*(jnp.asarray(count, jnp.int32) for count in cost))
 
 
 def no_metrics(state: PyTree) -> dict[str, Array]:

@@ -74,6 +74,38 @@ def test_energies_are_counted_and_log_z_is_shared():
     assert fit.num_gradient_evaluations == made["gradient"] == 0
 
 
+@pytest.mark.relaxed("dtypes")
+def test_network_calls_are_counted():
+    """Of a sampler with one network, so that every pass is of that one."""
+    calls = [0]
+
+    def add(_):
+        calls[0] += 1
+
+    def drift(params, x, t, context):
+        jax.debug.callback(add, x)
+        return FREE(params, x, t, context)[:2]
+
+    network = ds.networks.from_function(lambda key, dim: FREE.init(key, dim, 0), drift)
+    objective = ds.objectives.weighted_sum(
+        (log_variance(), 1.0),
+        (at_num_steps(log_variance(), (1, 2)), 1.0),
+        (ds.objectives.self_consistency(), 1.0),
+    )
+    fit = ds.fit(
+        KEY,
+        ds.samplers.scds(2, 4, network=network),
+        objective,
+        skewed_energy,
+        num_updates=3,
+        batch_size=8,
+        progress_bar=False,
+    )
+    jax.effects_barrier()
+    per_row = 3 * 2 * 4 + 2 * (1 + 2 + 1) + 3 * 3  # in three updates
+    assert fit.num_network_evaluations == calls[0] == 8 * per_row + 4 * 1_024  # pilot
+
+
 @pytest.mark.parametrize("num_steps", [(), (0, 1)])
 def test_bad_step_counts(num_steps):
     with pytest.raises(ValueError, match="step counts of at least 1"):

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from diffsamp import buffers, mcmc
 from diffsamp.behaviours.common import empty_buffer, store, stored_or_simulated
-from diffsamp.types import Array, Behaviour, Cost, Provides
+from diffsamp.types import Array, Behaviour, Cost, Provides, counted
 
 
 class LocalSearchState(NamedTuple):
@@ -168,18 +168,16 @@ def local_search(
             num_searches=state.num_searches + 1,
             num_failures=state.num_failures + failed.astype(jnp.int32),
         )
-        zero = jnp.zeros((), jnp.int32)
-        return state, Cost(zero, chains.num_gradient_evaluations)
+        return state, counted(Cost(0, chains.num_gradient_evaluations))
 
     def update(state, key, sampler, params, energy, trajectories, proposal, count):
         del params
         state = state._replace(found=store(state.found, trajectories, proposal))
         due = ((count + 1) % every == 0) & (state.found.size > 0)
-        zero = jnp.zeros((), jnp.int32)
         return jax.lax.cond(
             due,
             lambda: search(state, key, sampler, energy),
-            lambda: (state, Cost(zero, zero)),
+            lambda: (state, counted(Cost(0, 0))),
         )
 
     def metrics(state):

@@ -31,7 +31,7 @@ from jax.core import Tracer
 
 from diffsamp import buffers, mcmc
 from diffsamp.behaviours.common import num_rows, proposal, trace_back
-from diffsamp.types import Array, Behaviour, Cost, Provides, Target
+from diffsamp.types import Array, Behaviour, Cost, Provides, Target, counted
 
 
 class SMCSeededState(NamedTuple):
@@ -151,7 +151,7 @@ def smc_seeded(
 
     def update(state, key, sampler, params, energy, trajectories, proposal, count):
         del params, trajectories, proposal
-        none = Cost(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
+        none = counted(Cost(0, 0))
         if every is None:
             return state, none
 
@@ -164,7 +164,7 @@ def smc_seeded(
             )
             keep = result.reached_target  # otherwise these are not target draws
             new = jax.tree.map(lambda a, b: jnp.where(keep, a, b), new, state)
-            return new, Cost(*(jnp.asarray(c, jnp.int32) for c in cost))
+            return new, counted(cost)
 
         return jax.lax.cond((count + 1) % every == 0, again, lambda: (state, none))
 

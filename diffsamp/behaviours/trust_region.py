@@ -24,7 +24,16 @@ import jax.numpy as jnp
 from jax.scipy.special import logsumexp
 
 from diffsamp.behaviours.common import num_rows, proposal, simulate
-from diffsamp.types import Anchor, Array, Behaviour, Cost, Path, Provides, Request
+from diffsamp.types import (
+    Anchor,
+    Array,
+    Behaviour,
+    Cost,
+    Path,
+    Provides,
+    Request,
+    counted,
+)
 
 _BISECTIONS = 40
 
@@ -99,7 +108,11 @@ def trust_region(
 
     def price(sampler):
         per_path = sampler.evaluations_per_path
-        return Cost(num_paths * per_path.energy, num_paths * per_path.gradient)
+        return Cost(
+            num_paths * per_path.energy,
+            num_paths * per_path.gradient,
+            2 * num_paths * per_path.network,  # to simulate and to score
+        )
 
     def init(key, sampler, params, energy):
         state = begin(key, sampler, params, energy, jnp.zeros((), jnp.int32))
@@ -124,11 +137,11 @@ def trust_region(
 
     def update(state, key, sampler, params, energy, trajectories, proposal, count):
         del trajectories, proposal
-        none = Cost(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
+        none = counted(Cost(0, 0))
 
         def again():
             new = begin(key, sampler, params, energy, state.num_rounds)
-            return new, Cost(*(jnp.asarray(c, jnp.int32) for c in price(sampler)))
+            return new, counted(price(sampler))
 
         return jax.lax.cond((count + 1) % every == 0, again, lambda: (state, none))
 

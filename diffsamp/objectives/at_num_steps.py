@@ -22,7 +22,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from diffsamp.types import Batch, Cost, Objective, total_cost
+from diffsamp.types import Batch, Cost, Objective, counted, total_cost
 
 
 @functools.cache
@@ -101,7 +101,6 @@ def _loss_at(num_steps, objective, params, state, batch: Batch):
     )
     value, metrics = objective.loss(params, state, own)
     price = sampler.evaluations_per_path
-    cost = Cost(2 * size * price.energy, 2 * size * price.gradient)
+    cost = Cost(*(2 * size * count for count in price))
     cost = total_cost([cost, metrics.pop("cost", Cost(0, 0))])
-    cost = Cost(*(jnp.asarray(c, jnp.int32) for c in cost))
-    return value, {**metrics, "cost": cost}
+    return value, {**metrics, "cost": counted(cost)}

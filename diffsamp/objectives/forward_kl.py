@@ -77,7 +77,11 @@ def forward_kl(draws: Array | None = None) -> Objective:
         rows = jnp.ones((batch_size,), bool)
         loss = _negative_log_likelihood(trajectories, rows)
         price = batch.sampler.evaluations_per_path
-        cost = Cost(batch_size * price.energy, batch_size * price.gradient)
+        cost = Cost(
+            batch_size * price.energy,
+            batch_size * price.gradient,
+            2 * batch_size * price.network,  # to trace back and to score
+        )
         return loss, {"cost": cost}
 
     return Objective(Requirements(), init, loss, keep_state)

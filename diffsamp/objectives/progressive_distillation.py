@@ -99,6 +99,7 @@ def progressive_distillation(teacher: Sampler, teacher_params: Params) -> Object
         values = jax.vmap(of_row)(place, paths, condition)
         value = row_mean(values, jnp.isfinite(values))
         gradients = size * times if teacher.needs_score else 0
-        return value, {"cost": Cost(0, gradients), "distillation": value}
+        cost = Cost(0, gradients, size * (times + 1))
+        return value, {"cost": cost, "distillation": value}
 
     return Objective(Requirements(), init, loss, keep_state)

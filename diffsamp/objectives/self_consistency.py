@@ -144,7 +144,8 @@ def self_consistency(
         values = jax.vmap(of_row)(num_long, place, paths, condition)
         value = row_mean(values, jnp.isfinite(values))
         gradients = size if sampler.needs_score else 0
-        return value, {"cost": Cost(0, gradients), "self_consistency": value}
+        cost = Cost(0, gradients, 3 * size)
+        return value, {"cost": cost, "self_consistency": value}
 
     def update(params, average, batch):
         del batch

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from diffsamp.objectives.kernels import with_kernels
-from diffsamp.types import Objective
+from diffsamp.types import Cost, Objective, total_cost
 
 
 @functools.cache
@@ -82,7 +82,10 @@ def target_copy(
         else:
             kernels = live.log_generation, copied.log_destruction
         batch = batch._replace(trajectories=with_kernels(live, *kernels))
-        return objective.loss(params, inner, batch)
+        value, metrics = objective.loss(params, inner, batch)
+        calls = batch.on_policy.shape[0] * batch.sampler.evaluations_per_path.network
+        cost = total_cost([Cost(0, 0, calls), metrics.pop("cost", Cost(0, 0))])
+        return value, {**metrics, "cost": cost}
 
     def update(params, state, batch):
         copy, inner = state
