@@ -35,12 +35,15 @@ _CLASSES = {
         Bounds,
         processes.PinnedBrownian,
         processes.VariancePreserving,
+        processes.EulerVariancePreserving,
+        processes.Renoising,
         processes.Brownian,
         schedules.GeometricNoise,
         schedules.CosineNoise,
         schedules.LinearNoise,
         schedules.CosinePowerNoise,
         schedules.PowerGrid,
+        schedules.FixedGrid,
         networks.LinenControl,
         networks.LinenBackbone,
         networks.FourierMLP,
@@ -48,6 +51,9 @@ _CLASSES = {
         networks.ScoreGuidedModule,
         networks.AnnealedScoreModule,
         networks.ReferenceGuidedModule,
+        networks.ConsistencyModule,
+        networks.ContractiveModule,
+        networks.DataPredictionModule,
     )
 }
 

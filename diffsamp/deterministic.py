@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -246,9 +246,11 @@ class ProbabilityFlow:
     @property
     def grid(self) -> solvers.FlowGrid:
         """Signal and noise on the grid, ending without noise."""
-        decay = self.sampler.process.coefficients(self.num_steps).destruction_decay
-        alpha = np.append(np.cumprod(decay[::-1])[::-1], 1.0)
-        return solvers.FlowGrid(alpha, np.sqrt(1 - alpha**2))
+        process: Any = self.sampler.process
+        times = process.coefficients(self.num_steps).times
+        signal = process.schedule.signal(times)
+        signal = signal / signal[-1]
+        return solvers.FlowGrid(np.sqrt(signal), np.sqrt(1 - signal))
 
     def _start(self, key):
         dtype = jax.dtypes.canonicalize_dtype(float)

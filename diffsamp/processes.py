@@ -155,6 +155,49 @@ class VariancePreserving:
 
 
 @dataclasses.dataclass(frozen=True)
+class EulerVariancePreserving:
+    """The same in Euler steps, as the papers take them: for comparison.
+
+    With ``b = log(alpha_bar_{k+1} / alpha_bar_k)``, the integral of beta over the step,
+    generation is ``N((1 - b/2) y + b c, b)`` and destruction ``N((1 - b/2) y', b)``.
+    Weights are as valid as any, but a step must not be long: in a single one b is about
+    10, the mean ``-4 y + 10 c``, and the weights' variance infinite.
+    """
+
+    schedule: NoiseSchedule
+    time_grid: TimeGrid = PowerGrid(1.0)
+
+    @property
+    def point_mass(self) -> bool:
+        return False
+
+    @property
+    def has_flow(self) -> bool:
+        return True
+
+    @functools.lru_cache(maxsize=64)  # noqa: B019 - frozen and small
+    def coefficients(self, num_steps: int) -> Coefficients:
+        # For the check of the schedule.
+        times = VariancePreserving(self.schedule, self.time_grid).coefficients(
+            num_steps
+        )[0]
+        return self.on(times)
+
+    def on(self, times: Times) -> Coefficients:
+        xp, num_steps = _module_of(times), times.shape[0] - 1
+        rate = xp.diff(xp.log(self.schedule.signal(times)))
+        decay, std = 1 - 0.5 * rate, xp.sqrt(rate)
+        return Coefficients(
+            times=times,
+            generation_decay=decay,
+            generation_std=std,
+            destruction_decay=decay,
+            destruction_std=std,
+            score_gain=xp.sqrt(rate * num_steps),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
 class Brownian:
     """Brownian motion both ways from N(0, I): the reference of the general bridge.
 

@@ -43,33 +43,19 @@ class Bounds:
         shift: m: the mean moves by ``m tanh(d / m)`` standard deviations of the
             reference's kernel instead of d of them, and so does the residual of a mean
             tied to the flow; None for no bound.
-        finest: number of steps F at which the kernel is to be the reference's with the
-            drift of generation alone: with K of them everything else that is learned
-            is multiplied by ``((F/K - 1) / (F - 1))^(1/2)``, by 0 from F steps on. None
-            for no such factor.
 
     Raises:
-        ValueError: when a bound is not positive and finite, or finest is below 2.
+        ValueError: when a bound is not positive and finite.
     """
 
     log_variance: float = 4.0
     shift: float | None = None
-    finest: int | None = None
 
     def __post_init__(self):
         for name in ("log_variance", "shift"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name} must be positive and finite, got {value}")
-        if self.finest is not None and self.finest < 2:
-            raise ValueError(f"finest must be at least 2 or None, got {self.finest}")
-
-    def freedom(self, num_steps: int) -> float:
-        """What `finest` multiplies with."""
-        if self.finest is None:
-            return 1.0
-        share = (self.finest / num_steps - 1) / (self.finest - 1)
-        return math.sqrt(max(share, 0.0))
 
 
 class Evaluations(NamedTuple):
@@ -155,10 +141,16 @@ class Sampler:
         condition_dim: size of the condition of a conditional energy; 0 for none.
         generation_bounds: how far the generation kernel may leave the reference's.
         destruction_bounds: the same of the destruction kernel.
+        finest: number of steps F of the grid on which one set of parameters is trained
+            for all step counts, or None for a sampler that is not to share them. Only
+            divisors of F are step counts then, and with K steps everything that is
+            learned but the drift of generation is multiplied by
+            ``((F/K - 1) / (F - 1))^(1/2)``: with F steps nothing else is learned.
 
     Raises:
         ValueError: when dim or num_steps is below 1, loc or scale has another length
-            than dim or is not finite, or scale is not positive.
+            than dim or is not finite, scale is not positive, or finest is below 2 or
+            not a multiple of num_steps.
     """
 
     dim: int
@@ -172,6 +164,7 @@ class Sampler:
     backbone: Backbone | None = None
     generation_bounds: Bounds = Bounds()
     destruction_bounds: Bounds = Bounds()
+    finest: int | None = None
 
     def __post_init__(self):
         for name in ("dim", "num_steps"):
@@ -190,6 +183,14 @@ class Sampler:
         for name in ("loc", "scale"):
             if not np.all(np.isfinite(getattr(self, name))):
                 raise ValueError(f"{name} must be finite, got {getattr(self, name)}")
+        if self.finest is not None and self.finest < 2:
+            raise ValueError(f"finest must be at least 2 or None, got {self.finest}")
+        if self.finest is not None and self.finest % self.num_steps:
+            raise ValueError(
+                f"num_steps must divide {self.finest}, the number of steps with which "
+                f"this sampler is trained, got {self.num_steps}: its network has seen "
+                "no steps of that length"
+            )
 
     # -- what users call ------------------------------------------------------------
 
@@ -283,7 +284,11 @@ class Sampler:
         return self.score_path(params, path, condition)
 
     def with_num_steps(self, num_steps: int) -> Sampler:
-        """The same sampler, same parameters, on a grid of ``num_steps`` steps."""
+        """The same sampler, same parameters, on a grid of ``num_steps`` steps.
+
+        Raises:
+            ValueError: when it does not divide `finest`, where that is given.
+        """
         return dataclasses.replace(self, num_steps=num_steps)
 
     # -- what objectives, behaviours and drawing call ---------------------------------
@@ -604,7 +609,7 @@ class Sampler:
         flow = y + 0.5 * (controlled - mean)
         ratio = jnp.minimum((std / reference_std) ** 2, 1.0)
         residual = self._shift(step, control[2 * self.dim :], bounds)
-        residual = residual * bounds.freedom(self.num_steps)
+        residual = residual * self._freedom
         return flow + ratio * (controlled - flow) + reference_std * residual, std
 
     def _destroy(self, params, step: Step, y_next, seen: _Seen, condition):
@@ -622,7 +627,13 @@ class Sampler:
             )
         bounds = self.destruction_bounds
         moved, std = self._controlled(step, mean, std, control, bounds)
-        return mean + bounds.freedom(self.num_steps) * (moved - mean), std
+        return mean + self._freedom * (moved - mean), std
+
+    @property
+    def _freedom(self) -> float:
+        if self.finest is None:
+            return 1.0
+        return math.sqrt((self.finest / self.num_steps - 1) / (self.finest - 1))
 
     def _controlled(self, step: Step, mean, std, control, bounds: Bounds):
         """Adds drift and log-variances of a control to a kernel of the reference."""
@@ -637,7 +648,7 @@ class Sampler:
         if control.shape[-1] > dim:
             log_variance = control[dim : 2 * dim].astype(mean.dtype)
             log_ratio = _within(log_variance, bounds.log_variance)
-            std = std * jnp.exp(0.5 * bounds.freedom(self.num_steps) * log_ratio)
+            std = std * jnp.exp(0.5 * self._freedom * log_ratio)
         return mean, std
 
     def _shift(self, step: Step, control, bounds: Bounds):

@@ -60,16 +60,32 @@ SAMPLERS = {
     ),
     "scds": _sampler(
         ds.samplers.scds,
-        destruction_bounds=ds.Bounds(log_variance=3.0, finest=16),
+        destruction_bounds=ds.Bounds(log_variance=3.0),
+        finest=1_200,
         network=ds.networks.free(**SMALL, learn_variance=True, step_conditioned=True),
         destruction_network=ds.networks.free(
             **SMALL, learn_variance=True, step_conditioned=True
         ),
     ),
+    "scds_data": _sampler(
+        ds.samplers.scds,
+        schedule=ds.schedules.linear(12.0, 0.2),
+        network=ds.networks.data_prediction(
+            ds.schedules.linear(12.0, 0.2), **SMALL, flow_tied=True
+        ),
+        finest=1_200,
+    ),
+    "dis_euler": _sampler(
+        ds.samplers.dis,
+        schedule=ds.schedules.linear(12.0, 0.2),
+        network=ds.networks.annealed_score_guided(**SMALL),
+        process=ds.processes.EulerVariancePreserving,
+    ),
     "scds_tied": _sampler(
         ds.samplers.scds,
-        generation_bounds=ds.Bounds(log_variance=3.0, shift=2.0, finest=16),
-        destruction_bounds=ds.Bounds(log_variance=3.0, finest=16),
+        generation_bounds=ds.Bounds(log_variance=3.0, shift=2.0),
+        destruction_bounds=ds.Bounds(log_variance=3.0),
+        finest=1_200,
         network=ds.networks.free(**SMALL, step_conditioned=True, flow_tied=True),
         destruction_network=ds.networks.free(
             **SMALL, learn_variance=True, step_conditioned=True
@@ -93,10 +109,11 @@ LEARNED = [
     "dds_learned",
     "dis_shared",
     "scds",
+    "scds_data",
     "scds_tied",
     "cdds",
 ]
-VARIANTS = {"dis_free", *LEARNED}
+VARIANTS = {"dis_free", "dis_euler", *LEARNED}
 PROCESSES = [name for name in SAMPLERS if name not in VARIANTS]
 
 OBJECTIVES = {

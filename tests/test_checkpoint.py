@@ -1,6 +1,7 @@
 """Files: nothing trained is lost, nothing foreign is overwritten or unpickled."""
 
 import builtins
+import dataclasses
 import hashlib
 import io
 import json
@@ -23,6 +24,7 @@ import pytest
 from jax.tree_util import Partial
 
 import diffsamp as ds
+from diffsamp import checkpoint
 from diffsamp.checkpoint import MAGIC
 
 DIM, NUM_STEPS, BATCH, TOTAL = 2, 4, 16, 24
@@ -605,3 +607,18 @@ def test_killed_runs_end_with_the_same_bits(tmp_path):
     assert _bytes(tmp_path / "killed.result") == _bytes(tmp_path / "whole.result")
     # Buffer, particles, log Z and metrics as well.
     assert _bytes(path) == _bytes(tmp_path / "whole.run")
+
+
+def test_every_part_of_a_configuration_can_be_written():
+    """A process, schedule or network that is not in the table would be left out."""
+    modules = (ds.processes, ds.schedules, ds.networks)
+    parts = {
+        value
+        for module in modules
+        for value in vars(module).values()
+        if isinstance(value, type) and dataclasses.is_dataclass(value)
+    }
+    helpers = {ds.networks.FourierFeatures, ds.networks.TimeScale}
+    own = {ds.networks.FunctionControl}  # the user's, never written
+    missing = parts - helpers - own - set(checkpoint._CLASSES.values())
+    assert not missing

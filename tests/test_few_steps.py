@@ -26,7 +26,7 @@ def run(sampler, params):
 def test_at_the_finest_grid_only_the_drift_is_learned(x64):
     """The factory's own number of steps; the drift is that of an untied network."""
     sampler = sampler_of(8)
-    assert sampler.generation_bounds.finest == 8
+    assert sampler.finest == 8
     params = perturbed(sampler.init(KEY), 0.3)
 
     def drift(params, x, t, context):
@@ -56,9 +56,9 @@ def test_without_noise_a_path_is_the_flow(x64, num_steps):
     network = ds.networks.from_function(
         lambda key, dim: TIED.init(key, dim, 0), quiet, needs_score=True
     )
-    sampler = sampler_of(
-        num_steps, network=network, generation_bounds=ds.Bounds(log_variance=60.0)
-    )
+    bounds = ds.Bounds(log_variance=80.0)
+    sampler = sampler_of(8, network=network, generation_bounds=bounds)
+    sampler = sampler.with_num_steps(num_steps)
     params = perturbed(sampler.init(KEY), 0.3)
     path = run(sampler, params)
     flow = ds.probability_flow(sampler)
@@ -67,17 +67,30 @@ def test_without_noise_a_path_is_the_flow(x64, num_steps):
 
 
 def test_how_free_kernels_are():
-    bounds = ds.Bounds(finest=16)
-    found = [bounds.freedom(k) for k in (1, 2, 4, 16, 100)]
-    np.testing.assert_allclose(found, np.sqrt([1.0, 7 / 15, 3 / 15, 0.0, 0.0]))
-    assert ds.Bounds().freedom(100) == 1.0
-    one_step = ds.samplers.scds(2, 1, learn_generation_variance=True)
-    assert one_step.generation_bounds.freedom(1) == 1.0
+    """The log-variance of the way back, from a network that always says 2."""
+
+    def two(params, x, t, context):
+        return jnp.concatenate([jnp.zeros(2), jnp.full(2, 2.0)])
+
+    network = ds.networks.from_function(lambda key, dim: (), two)
+    expected = {1: 1.0, 2: 7 / 15, 4: 3 / 15, 16: 0.0}
+    for num_steps, share in expected.items():
+        sampler = sampler_of(16, destruction_network=network)
+        few = sampler.with_num_steps(num_steps)
+        params = {**sampler.init(KEY), "destruction": ()}
+        path = few.simulate(params, KEY, skewed_energy)
+        _, ratios = few.score_with_variances(params, path)
+        found = -ratios  # of an untrained generation kernel
+        np.testing.assert_allclose(found, np.sqrt(share) * 10 * np.tanh(0.2), atol=1e-4)
 
 
 def test_bad_input():
     with pytest.raises(ValueError, match="finest must be at least 2 or None, got 1"):
-        ds.Bounds(finest=1)
+        ds.samplers.scds(2, 1, finest=1)
+    for num_steps in (3, 5, 16, 256):  # no divisors, or more than there are
+        with pytest.raises(ValueError, match=f"must divide 8, .* got {num_steps}"):
+            sampler_of(8).with_num_steps(num_steps)
+    assert ds.samplers.scds(2, 1).finest is None
     wrong = sampler_of(4, destruction_network=TIED)
     with pytest.raises(ValueError, match="only the generation kernel can be tied"):
         run(wrong, wrong.init(KEY))

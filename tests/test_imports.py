@@ -32,7 +32,7 @@ MAY_IMPORT = {
     "schedules": LOW,
     "solvers": LOW,
     "_distributions": LOW,
-    "networks": LOW,
+    "networks": LOW | {"schedules"},
     "buffers": LOW,
     "mcmc": LOW,
     "targets": LOW,

@@ -68,6 +68,58 @@ def test_a_point_is_reached_at_once(x64, name, num_steps):
     np.testing.assert_allclose(end, np.array(LOC) + np.array(SCALE) * MEAN, rtol=1e-9)
 
 
+@pytest.mark.parametrize("num_steps", [1, 4])
+def test_a_data_prediction_is_reached(x64, num_steps):
+    """In one step at once; without training the flow stands still."""
+    network = ds.networks.data_prediction(SCHEDULE, **SMALL)
+    sampler = ds.samplers.scds(
+        2, num_steps, loc=LOC, scale=SCALE, schedule=SCHEDULE, network=network
+    )
+    flow, x = ds.probability_flow(sampler), jnp.array([1.3, -2.0])
+    params = sampler.init(KEY)
+    stays = jax.jit(lambda x: flow.solve(params, x, skewed_energy))(x)
+    np.testing.assert_allclose(stays, x, rtol=1e-12)
+    moved_params = perturbed(params, 0.3)
+    context = ds.networks.Context(
+        score=jnp.zeros(0),
+        gain=jnp.ones(()),
+        condition=None,
+        step_size=jnp.asarray(1 / num_steps),
+    )
+    y, grid = sampler.unit(x), flow.grid
+    control = network(moved_params["generation"], y, jnp.zeros(()), context)
+    keep = grid.sigma[1] / grid.sigma[0]
+    share = grid.alpha[1] - grid.alpha[0] * keep
+    correction = control * (1 - grid.alpha[0] / grid.alpha[1]) / share
+    end = (1 - keep) / share * y + correction
+    step = jax.tree.map(lambda column: column[0], sampler.steps())
+    found = sampler.flow_step(moved_params, step, x, jnp.zeros(0))
+    once = sampler.original(keep * y + share * end)
+    np.testing.assert_allclose(found, once, rtol=1e-9)
+    if num_steps == 1:
+        np.testing.assert_allclose(once, sampler.original(end), rtol=1e-9)
+
+
+def test_euler_steps_are_those_of_the_papers(x64):
+    """Generation ``(1 - beta d / 2) y + beta d c``, c = score + y; noise beta d."""
+    sampler = ds.samplers.dis(
+        2,
+        400,
+        schedule=SCHEDULE,
+        network=score_control(SCHEDULE),
+        process=ds.processes.EulerVariancePreserving,
+    )
+    table = sampler.process.coefficients(400)
+    beta = np.interp(table.times[:-1] + 1 / 800, [0.0, 1.0], [8.0, 0.5])
+    np.testing.assert_allclose(table.generation_decay, 1 - beta / 800, rtol=1e-6)
+    np.testing.assert_allclose(table.generation_std**2, beta / 400, rtol=1e-6)
+    np.testing.assert_array_equal(table.generation_decay, table.destruction_decay)
+    flow = ds.probability_flow(sampler, ds.solvers.euler())
+    x = jnp.array([1.3, -2.0])
+    end = jax.jit(lambda x: flow.solve(EMPTY, x, skewed_energy))(x)
+    np.testing.assert_allclose(end, moved(SCHEDULE, x, 0.0, 1.0), atol=0.03)
+
+
 def test_the_grid_is_that_of_the_process():
     flow = ds.probability_flow(gaussian(SD)[0].with_num_steps(5))
     times = np.linspace(0, 1, 6)

@@ -195,9 +195,10 @@ def test_step_counts_share_parameters(made):
 def _kernel(sampler, k, y, decay, std, control, bounds, *, destroys=False):
     """Mean and standard deviation, as the docstrings state them."""
     free, c = 1.0, bounds.log_variance
-    if bounds.finest is not None:
-        share = (bounds.finest / sampler.num_steps - 1) / (bounds.finest - 1)
-        free = math.sqrt(max(share, 0.0))
+    if sampler.finest is not None:
+        free = math.sqrt(
+            (sampler.finest / sampler.num_steps - 1) / (sampler.finest - 1)
+        )
 
     def shift(numbers):
         moved = numbers / math.sqrt(sampler.num_steps)

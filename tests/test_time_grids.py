@@ -8,6 +8,7 @@ from gaussian_flow import LOC, MEAN, SCALE, SD, score_control
 from tables import NOISE_SCHEDULES, SAMPLERS
 
 import diffsamp as ds
+from diffsamp import checkpoint
 
 KEY = jax.random.key(0)
 SCHEDULE = ds.schedules.geometric(0.1)
@@ -53,6 +54,8 @@ def test_a_bad_grid_gets_better():
     assert (times[0], times[-1]) == (0, 1)
     assert np.all(np.diff(times) > 0)
     assert tuned.sampler == tuned.sampler.with_num_steps(6)
+    process = tuned.sampler.process
+    assert checkpoint._decode(checkpoint._encode(process)) == process
     with pytest.raises(ValueError, match="this time grid has 6 steps, got 3"):
         tuned.sampler.with_num_steps(3).steps()
 

@@ -8,7 +8,9 @@ from diffsamp.networks.base import LinenBackbone as LinenBackbone
 from diffsamp.networks.base import LinenControl as LinenControl
 from diffsamp.networks.base import from_function as from_function
 from diffsamp.networks.base import linen as linen
+from diffsamp.networks.consistency import ConsistencyModule as ConsistencyModule
 from diffsamp.networks.consistency import consistency as consistency
+from diffsamp.networks.contractive import ContractiveModule as ContractiveModule
 from diffsamp.networks.contractive import contractive as contractive
 from diffsamp.networks.controls import AnnealedScoreModule as AnnealedScoreModule
 from diffsamp.networks.controls import FreeModule as FreeModule
@@ -19,6 +21,10 @@ from diffsamp.networks.controls import backbone as backbone
 from diffsamp.networks.controls import free as free
 from diffsamp.networks.controls import reference_guided as reference_guided
 from diffsamp.networks.controls import score_guided as score_guided
+from diffsamp.networks.data_prediction import (
+    DataPredictionModule as DataPredictionModule,
+)
+from diffsamp.networks.data_prediction import data_prediction as data_prediction
 from diffsamp.networks.fourier import FourierFeatures as FourierFeatures
 from diffsamp.networks.fourier import FourierMLP as FourierMLP
 from diffsamp.networks.fourier import TimeScale as TimeScale
@@ -26,8 +32,11 @@ from diffsamp.networks.fourier import TimeScale as TimeScale
 __all__ = [
     "AnnealedScoreModule",
     "Backbone",
+    "ConsistencyModule",
     "Context",
+    "ContractiveModule",
     "Control",
+    "DataPredictionModule",
     "FourierFeatures",
     "FourierMLP",
     "FreeModule",
@@ -41,6 +50,7 @@ __all__ = [
     "backbone",
     "consistency",
     "contractive",
+    "data_prediction",
     "free",
     "from_function",
     "linen",

@@ -16,11 +16,11 @@ default noise schedule is geometric, which is optimal for narrow modes
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from diffsamp import networks, schedules
 from diffsamp.networks import Backbone, Control
-from diffsamp.processes import VariancePreserving
+from diffsamp.processes import Process, VariancePreserving
 from diffsamp.sampler import Bounds, Sampler
 from diffsamp.samplers.common import DEFAULT_BOUNDS, free_destruction
 
@@ -41,6 +41,7 @@ def dis(
     generation_bounds: Bounds = DEFAULT_BOUNDS,
     destruction_bounds: Bounds = DEFAULT_BOUNDS,
     condition_dim: int = 0,
+    process: Callable[..., Process] = VariancePreserving,
 ) -> Sampler:
     """Time-reversed diffusion sampler.
 
@@ -65,6 +66,8 @@ def dis(
         generation_bounds: how far the generation kernel may leave the reference's.
         destruction_bounds: the same of the destruction kernel.
         condition_dim: size of the condition of a conditional energy.
+        process: ``(schedule, time_grid) -> Process``: the steps are exponential, or
+            with `processes.EulerVariancePreserving` those of the papers.
 
     Raises:
         ValueError: see `Sampler`.
@@ -81,7 +84,7 @@ def dis(
     return Sampler(
         dim=dim,
         num_steps=num_steps,
-        process=VariancePreserving(
+        process=process(
             schedule or schedules.geometric(), time_grid or schedules.power_grid()
         ),
         generation=network

@@ -28,23 +28,25 @@ correct: self-consistency ties f alone. ``learn_destruction`` adds the way back,
 for small r has to learn the inverse of the flow's step.
 
 The factor g multiplies e and all of the learned destruction, too. It is 0 at F steps,
-the number with which the sampler was built (`Bounds.finest`): there the kernels are
+the number with which the sampler was built (`Sampler.finest`): there the kernels are
 those of DIS with u alone, whose optimum is unique. Were destruction free there as well,
 many controls would do, most of which are nobody's flow, and nothing for the few steps
 to be consistent with.
 
-Unlike the paper's Euler step, which at K = 1 turns x into 6 x + 1.6 u, the step is an
-exponential integrator: the control never has to undo the process. Neither the reference
-nor the states are truncated.
+Unlike the paper's Euler step, which at K = 1 turns x into 6 x + 1.6 u and is there for
+comparison, the step is an exponential integrator: the control never has to undo the
+process. `networks.data_prediction` is a third parametrisation, by the end of the path.
+Neither the reference nor the states are truncated.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from diffsamp import networks, schedules
 from diffsamp.networks import Control
+from diffsamp.processes import Process, VariancePreserving
 from diffsamp.sampler import Bounds, Sampler
 from diffsamp.samplers.common import FEW_STEPS, free_destruction
 from diffsamp.samplers.dis import dis
@@ -62,9 +64,11 @@ def scds(
     learn_generation_variance: bool = False,
     learn_destruction: bool = False,
     destruction_network: Control | None = None,
-    generation_bounds: Bounds | None = None,
-    destruction_bounds: Bounds | None = None,
+    generation_bounds: Bounds = FEW_STEPS,
+    destruction_bounds: Bounds = FEW_STEPS,
     condition_dim: int = 0,
+    finest: int | None = None,
+    process: Callable[..., Process] = VariancePreserving,
 ) -> Sampler:
     """Self-consistent diffusion sampler: parameters shared between step counts.
 
@@ -86,9 +90,12 @@ def scds(
             of the reference's destruction.
         destruction_network: its control, which implies ``learn_destruction``; by
             default `networks.free` with ``step_conditioned=True``.
-        generation_bounds: how far the generation kernel may leave the reference's; by
-            default the less the more steps, and not at all with ``num_steps`` of them.
+        generation_bounds: how far the generation kernel may leave the reference's.
         destruction_bounds: the same of the destruction kernel.
+        finest: number of steps F of the training grid, where that is not ``num_steps``.
+            Every step count has to divide it.
+        process: ``(schedule, time_grid) -> Process``: the steps are exponential, or
+            with `processes.EulerVariancePreserving` those of the paper.
         condition_dim: size of the condition of a conditional energy.
 
     Raises:
@@ -105,8 +112,7 @@ def scds(
     """
     if destruction_network is None:
         destruction_network = free_destruction(learn_destruction, step_conditioned=True)
-    bounds = dataclasses.replace(FEW_STEPS, finest=num_steps if num_steps > 1 else None)
-    return dis(
+    sampler = dis(
         dim,
         num_steps,
         loc=loc,
@@ -118,7 +124,10 @@ def scds(
             step_conditioned=True, flow_tied=learn_generation_variance
         ),
         destruction_network=destruction_network,
-        generation_bounds=generation_bounds or bounds,
-        destruction_bounds=destruction_bounds or bounds,
+        generation_bounds=generation_bounds,
+        destruction_bounds=destruction_bounds,
         condition_dim=condition_dim,
+        process=process,
     )
+    finest = finest or (num_steps if num_steps > 1 else None)
+    return dataclasses.replace(sampler, finest=finest)
