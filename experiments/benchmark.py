@@ -20,7 +20,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from rows import (
-    NUM_POINTS,
     SINKHORN_POINTS,
     append,
     described,
@@ -57,6 +56,7 @@ CELLS = (
 BATCH_SIZE = 256
 LEARNING_RATE = 2e-3
 NUM_PARTICLES = 2_048
+NUM_POINTS = 2_000  # in a set of which W2 is computed
 
 
 def make_sampler(cell, dim):

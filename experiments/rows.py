@@ -13,8 +13,7 @@ import numpy as np
 import diffsamp as ds
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "distrax", "blackjax", "numpyro")
-NUM_POINTS = 2_000  # in a set of which W2 is computed,
-SINKHORN_POINTS = 1_000  # the Sinkhorn divergence
+SINKHORN_POINTS = 1_000  # in a set, at most
 
 
 def read(path):
@@ -84,13 +83,14 @@ def well_errors(x, log_weight):
 def distances(key, target, points, num_repeats):
     """W2 and Sinkhorn on disjoint sets of points over their floors, and the noise.
 
-    One pair of sets is not enough: mode counts alone move W2 by tens of per cent.
+    The points are cut into ``num_repeats`` sets. One pair of sets is not enough: mode
+    counts alone move W2 by tens of per cent.
     """
-    pairs = {"w2": [], "sinkhorn": []}
+    pairs, size = {"w2": [], "sinkhorn": []}, len(points) // num_repeats
     for repeat in range(num_repeats):
         keys = jax.random.split(jax.random.fold_in(key, repeat), 2)
-        a, b = (np.asarray(target.sample(k, NUM_POINTS)) for k in keys)
-        part = points[repeat * NUM_POINTS : (repeat + 1) * NUM_POINTS]
+        a, b = (np.asarray(target.sample(k, size)) for k in keys)
+        part = points[repeat * size : (repeat + 1) * size]
         w2 = [ds.metrics.wasserstein2(c, a) for c in (part, b)]
         pairs["w2"].append(w2)
         few = a[:SINKHORN_POINTS]

@@ -13,6 +13,8 @@ import sys
 import numpy as np
 import pytest
 
+import diffsamp as ds
+
 FOLDER = pathlib.Path(__file__).parents[1] / "experiments"
 sys.path.insert(0, str(FOLDER))  # scripts share rows.py
 
@@ -401,3 +403,59 @@ def test_a_small_amortised_run(tmp_path, arguments, monkeypatch, capsys):
     arguments("table", out)
     script.main()
     assert "| both | 5 | 0 |" in capsys.readouterr().out
+
+
+def test_consistent_settings_are_defined():
+    script = _script("consistent")
+    for cell in script.CELLS:
+        dim = ds.targets.by_name(cell.target).dim
+        for method in script.METHODS[:3]:
+            sampler = script.make_sampler(cell, method, dim)
+            objective = script.make_objective(cell, method, None)
+            assert script.make_behaviour().provides.target_draws
+            assert not objective.requires.anchor
+            for num_steps in script.STEPS:
+                assert sampler.with_num_steps(num_steps).has_weights
+        assert script.make_sampler(cell, "cdds", dim).num_steps == 1
+
+
+def test_consistent_tables_name_violated_bounds():
+    script = _script("consistent")
+    row = {"target": "gmm9", "method": "cdds", "seed": 0, "num_steps": 1}
+    row |= {"elbo_gap": 0.1, "eubo_gap": 0.2, "log_z_standard_error": 0.01}
+    assert "on all 2 rows" in script.honest([row, row | {"log_z_standard_error": None}])
+    for wrong in ({"elbo_gap": -0.04}, {"eubo_gap": -0.04}):
+        said = script.honest([row, row | wrong])
+        assert said == "Bounds violated: gmm9, cdds, seed 0, 1 steps."
+
+
+@pytest.mark.slow
+def test_a_small_run_of_consistent(tmp_path, arguments, monkeypatch, capsys):
+    script = _script("consistent")
+    monkeypatch.setattr(script, "NUM_STEPS", 4)
+    monkeypatch.setattr(script, "STEPS", (1, 4))
+    monkeypatch.setattr(script, "NUM_PARTICLES", 64)
+    monkeypatch.setattr(script, "TIMED_DRAWS", 256)
+    monkeypatch.setattr(script, "NUM_POINTS", 100)
+    settings = {"num_updates": 3, "width": 8, "batch_size": 8, "num_repeats": 2}
+    cell = script.Cell("gmm9", 3.0, 0.2, **settings)
+    monkeypatch.setattr(script, "CELLS", (cell,))
+    monkeypatch.setattr(script, "NUM_TIMES", 3)
+    monkeypatch.setattr(script, "NUM_BLOCKS", 2)
+    out = tmp_path / "rows.jsonl"
+    arguments("run", "--seeds", 0, "--num-draws", 200, "--out", out)
+    script.main()
+    rows = script.read(out)
+    labels = [(r["method"], r["num_steps"]) for r in rows]
+    assert labels == [(m, k) for m in script.METHODS for k in (1, 4)]
+    assert all(np.isfinite(r["elbo_gap"]) and r["w2_ratio"] > 0 for r in rows)
+    script.main()  # nothing left to do
+    assert len(script.read(out)) == len(rows)
+    arguments("table", "--num-steps", 1, 4, "--", out)
+    script.main()
+    said = capsys.readouterr().out
+    assert "| gmm9 | any_step | 1 | 0 |" in said
+    assert "parareal with" in said
+    arguments("plot", out, "--folder", tmp_path)
+    script.main()
+    assert len(list(tmp_path.glob("*.png"))) == 3
