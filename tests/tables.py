@@ -18,6 +18,9 @@ SMALL = {"width": 8, "depth": 1}
 REFERENCE = {"dim": 2, "num_steps": 4, "loc": (0.4, -0.3), "scale": (1.8, 1.5)}
 
 
+MANY = 403_200  # steps; every step count of the tests divides it
+
+
 def _sampler(factory, **networks):
     return functools.partial(factory, **REFERENCE, **networks)
 
@@ -61,7 +64,7 @@ SAMPLERS = {
     "scds": _sampler(
         ds.samplers.scds,
         destruction_bounds=ds.Bounds(log_variance=3.0),
-        finest=1_200,
+        finest=MANY,
         network=ds.networks.free(**SMALL, learn_variance=True, step_conditioned=True),
         destruction_network=ds.networks.free(
             **SMALL, learn_variance=True, step_conditioned=True
@@ -73,7 +76,7 @@ SAMPLERS = {
         network=ds.networks.data_prediction(
             ds.schedules.linear(12.0, 0.2), **SMALL, flow_tied=True
         ),
-        finest=1_200,
+        finest=MANY,
     ),
     "dis_euler": _sampler(
         ds.samplers.dis,
@@ -85,7 +88,7 @@ SAMPLERS = {
         ds.samplers.scds,
         generation_bounds=ds.Bounds(log_variance=3.0, shift=2.0),
         destruction_bounds=ds.Bounds(log_variance=3.0),
-        finest=1_200,
+        finest=MANY,
         network=ds.networks.free(**SMALL, step_conditioned=True, flow_tied=True),
         destruction_network=ds.networks.free(
             **SMALL, learn_variance=True, step_conditioned=True

@@ -9,6 +9,8 @@ from diffsamp.networks.base import Context, LinenControl
 from diffsamp.networks.fourier import FourierMLP
 from diffsamp.types import Array
 
+_HIGHEST = 5.0  # frequency of time; `objectives.continuous_consistency` takes d/dt
+
 
 class ConsistencyModule(nn.Module):
     """``u = gain f``, ``f = c_skip(s) x + c_out(s) F(x, s)``, ``s = 1 - t``.
@@ -26,7 +28,7 @@ class ConsistencyModule(nn.Module):
     def __call__(self, x: Array, t: Array, context: Context) -> Array:
         size = x.shape[-1]
         num_outputs = size * (1 + self.learn_variance)
-        mlp = FourierMLP(self.width, self.depth, num_outputs)
+        mlp = FourierMLP(self.width, self.depth, num_outputs, _HIGHEST)
         out = mlp(x, t, context.condition)
         remaining, square = 1 - t, self.data_std**2
         spread = remaining**2 + square

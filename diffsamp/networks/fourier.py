@@ -16,17 +16,21 @@ def _dtype():
 class FourierFeatures(nn.Module):
     """Sines and cosines of time at ``count`` fixed frequencies with learned phases.
 
-    Frequencies are spaced linearly from 0.1 to 100 (Zhang and Chen 2022).
+    Frequencies are spaced linearly from 0.1 to 100 (Zhang and Chen 2022), or to another
+    ``highest`` where the derivative in time has to be tame.
     """
 
     count: int = 64
+    highest: float = 100.0
 
     @nn.compact
     def __call__(self, t: Array) -> Array:
         phase = self.param(
             "phase", nn.initializers.normal(1.0), (self.count,), _dtype()
         )
-        angle = t * jnp.linspace(0.1, 100.0, self.count, dtype=phase.dtype) + phase
+        angle = (
+            t * jnp.linspace(0.1, self.highest, self.count, dtype=phase.dtype) + phase
+        )
         return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)])
 
 
@@ -40,11 +44,13 @@ class FourierMLP(nn.Module):
         depth: hidden layers after the embedding.
         out_dim: outputs; 0 means as many as the state has, None no last layer: it
             returns ``width`` features.
+        highest: highest frequency of time and step.
     """
 
     width: int = 64
     depth: int = 2
     out_dim: int | None = 0
+    highest: float = 100.0
 
     @nn.compact
     def __call__(
@@ -55,7 +61,7 @@ class FourierMLP(nn.Module):
         step_size: Array | None = None,
     ) -> Array:
         def embed(value):
-            features = FourierFeatures(self.width)(value)
+            features = FourierFeatures(self.width, self.highest)(value)
             hidden = nn.Dense(self.width, param_dtype=_dtype())(features)
             return nn.Dense(self.width, param_dtype=_dtype())(nn.gelu(hidden))
 

@@ -6,13 +6,16 @@ Along the teacher's flow ``dx/dt = v(x, t)`` a consistency function f does not c
 
 Two times that come together turn consistency distillation into
 
-    loss = mean |f(x_t, t) - sg(f(x_t, t) + g / (|g| / D^(1/2) + c))|^2 / D
+    loss = mean |(f(x_t, t) - sg(f(x_t, t) + (1 - t) g / (|g| / D^(1/2) + c)))
+                 / (1 - t)|^2 / D
 
 with g in deviations of the reference; |g| is the norm and the paper's c is 0.1. Its
 gradient moves f(x_t, t) to where f says the path ends a moment later, at t + dt, nearer
-to t = 1 where f is the identity; the normalisation keeps early, steep times from
-drowning all others. The value says little (it tends to 1 / D sum of unit vectors as
-long as |g| >> c); the metric ``tangent`` is the root mean square of g.
+to t = 1 where f is the identity. The normalisation keeps early, steep times from
+drowning all others; 1 - t is about the factor of the network in f, so that late times
+learn as fast. The value says little (it is near 1 as long as |g| >> c); the metric
+``tangent`` is the root mean square of g. A network with fast oscillations in time has a
+derivative that is mostly noise: `networks.consistency` has none.
 
 With ``d tau = d log alpha^2`` and c_T the teacher's control, ``v = (d tau / dt) c_T /
 2`` in unit coordinates (`solvers`). States are last states of the batch, noised by the
@@ -103,9 +106,10 @@ def continuous_consistency(
                 lambda y, t: f(fixed, y, t), (y, time), (velocity, one)
             )
             size_of = jnp.sqrt(jnp.mean(tangent**2))
-            wanted = said_fixed + tangent / (size_of + damping)
+            wanted = said_fixed + (1 - time) * tangent / (size_of + damping)
             said = f(params["sampler"], y, time)
-            return jnp.mean((said - jax.lax.stop_gradient(wanted)) ** 2), size_of**2
+            miss = (said - jax.lax.stop_gradient(wanted)) / (1 - time)
+            return jnp.mean(miss**2), size_of**2
 
         keys = jax.random.split(for_noise, size)
         rows = (keys, place, ends, time, alpha, sigma, speed, condition)
