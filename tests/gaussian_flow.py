@@ -24,9 +24,10 @@ def signal(schedule, t):
 
 def moved(schedule, y, start, end, mean=MEAN, sd=SD):
     """Where the flow takes y from one time to another: marginals keep quantiles."""
+    mean, sd = (jnp.asarray(value, y.dtype) for value in (mean, sd))
 
     def moments(t):
-        share = signal(schedule, t)
+        share = signal(schedule, jnp.asarray(t, y.dtype))
         return jnp.sqrt(share) * mean, jnp.sqrt(share * sd**2 + 1 - share)
 
     (m, s), (m_next, s_next) = moments(start), moments(end)
@@ -38,7 +39,8 @@ def score_control(schedule, sd=SD):
 
     def drift(params, y, t, context):
         share = signal(schedule, t)
-        score = (jnp.sqrt(share) * MEAN - y) / (share * sd**2 + 1 - share)
+        mean, spread = jnp.asarray(MEAN, y.dtype), jnp.asarray(sd, y.dtype)
+        score = (jnp.sqrt(share) * mean - y) / (share * spread**2 + 1 - share)
         return context.gain * (score + y)
 
     return ds.networks.from_function(lambda key, dim: (), drift)

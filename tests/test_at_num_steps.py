@@ -74,6 +74,7 @@ def test_energies_are_counted_and_log_z_is_shared():
     assert fit.num_gradient_evaluations == made["gradient"] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.relaxed("dtypes")
 def test_network_calls_are_counted():
     """Of a sampler with one network, so that every pass is of that one."""

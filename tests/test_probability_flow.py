@@ -156,7 +156,7 @@ def test_draws_have_no_weights(trained):
     sampler, params = trained
     flow = ds.probability_flow(sampler.with_num_steps(2), ds.solvers.heun())
     energy, take = counting_energy(skewed_energy)
-    draws = ds.draw(KEY, flow, params, energy, 300)
+    draws = ds.draw(KEY, flow, params, energy, 300, batch_size=256)
     assert draws.x.shape == (300, 2)
     assert draws.log_weight is None
     expected = jax.vmap(skewed_energy)(jnp.asarray(draws.x))
@@ -173,7 +173,7 @@ def test_draws_have_no_weights(trained):
     made = take()  # in whole blocks
     assert made["gradient"] == 3 * made["energy"]
     assert draws.resample(KEY, 50).shape == (50, 2)
-    again = ds.draw(KEY, flow, params, energy, 10)
+    again = ds.draw(KEY, flow, params, energy, 10, batch_size=256)
     np.testing.assert_array_equal(again.x, draws.x[:10])
 
 

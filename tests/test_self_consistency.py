@@ -9,7 +9,6 @@ from tables import (
     SMALL,
     batch_of_paths,
     counting_energy,
-    mostly_slow,
     perturbed,
     skewed_energy,
 )
@@ -135,10 +134,9 @@ def test_a_curriculum_starts_with_short_steps(x64):
     assert float(loss_of(objective, sampler, params, count=100)(params)) > 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.relaxed("dtypes")
-@pytest.mark.parametrize(
-    "network", mostly_slow(["free", "annealed_score_guided"], "annealed_score_guided")
-)
+@pytest.mark.parametrize("network", ["free", "annealed_score_guided"])
 def test_energies_are_counted(network):
     network = getattr(ds.networks, network)(**SMALL, step_conditioned=True)
     energy, take = counting_energy(skewed_energy)

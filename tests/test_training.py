@@ -113,7 +113,7 @@ def stepped(recipe):
     step = jax.jit(ds.training.step, static_argnums=0)
     key = jax.random.split(jax.random.key(0))[1]
     state, cost = ds.training.init(key, recipe, energy_of())
-    assert cost == (0, 0)
+    assert cost == (0, 0, 0)
     states, metrics = [state], []
     for _ in range(12):
         state, info, cost = step(recipe, state, energy_of())
