@@ -14,6 +14,7 @@ Doctests of the package are outside this folder: they run as a user's session wo
 
 import contextlib
 import os
+import pathlib
 
 # Before JAX is imported.
 os.environ.setdefault("CI", "true")
@@ -25,6 +26,7 @@ import numpy as np
 import pytest
 
 SEED = 0
+_MANY_MAPS = 25_000
 
 # Files whose tests run a dependency that promotes by itself.
 RELAXED = {
@@ -60,6 +62,18 @@ def pytest_runtest_protocol(item):
     dtypes = "standard" if "dtypes" in relaxed else "strict"
     with jax.numpy_rank_promotion(ranks), jax.numpy_dtype_promotion(dtypes):
         yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _room_for_programs():
+    """Every compiled program holds memory maps, and Linux grants 65,530 to a process.
+
+    Without any left XLA crashes, as it did after twenty minutes of slow tests.
+    """
+    yield
+    maps = pathlib.Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > _MANY_MAPS:
+        jax.clear_caches()
 
 
 @pytest.fixture(autouse=True)
