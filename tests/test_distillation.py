@@ -100,6 +100,7 @@ def test_the_end_is_the_identity_at_the_end():
     assert not np.any(np.isclose(early, x))
 
 
+@pytest.mark.slow
 def test_a_step_noises_the_prediction(x64):
     """The mean of each kernel, from the definition."""
     student = student_of(ds.networks.consistency(**SMALL))

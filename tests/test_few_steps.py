@@ -66,6 +66,7 @@ def test_without_noise_a_path_is_the_flow(x64, num_steps):
     np.testing.assert_allclose(path.x, end, rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_how_free_kernels_are():
     """The log-variance of the way back, from a network that always says 2."""
 

@@ -279,6 +279,7 @@ def test_a_certified_flow_runs_backwards(x64, num_steps):
     assert float(there.log_weight) == pytest.approx(float(expected), rel=1e-9)
 
 
+@pytest.mark.slow
 def test_weights_of_drawn_points():
     flow, params = certified(4, scale=0.2)
     draws = ds.draw(KEY, flow, params, skewed_energy, 2_000, probe=skewed_draws())

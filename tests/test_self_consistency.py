@@ -90,6 +90,7 @@ def test_one_pair_by_hand(x64):
         np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-10)
 
 
+@pytest.mark.slow
 def test_the_average_takes_the_short_steps():
     sampler = sampler_of(ds.networks.free(**SMALL, step_conditioned=True), 4)
     params = perturbed(sampler.init(KEY), 0.3)
