@@ -1,8 +1,4 @@
-"""The face: the first snippet of the design runs as written, on a small budget.
-
-Two things differ from the design's text: budgets, and `objectives.self_consistency`,
-which is a later method; `trajectory_balance` stands in for it.
-"""
+"""The face: the first snippet of the design runs as written, on a small budget."""
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +42,7 @@ def test_the_face_runs_as_written(tmp_path):
     objective = ds.objectives.trajectory_balance()
     assert isinstance(objective, ds.Objective)
     objective = ds.objectives.weighted_sum(
-        (ds.objectives.log_variance(), 1.0), (ds.objectives.trajectory_balance(), 0.5)
+        (ds.objectives.log_variance(), 1.0), (ds.objectives.self_consistency(), 0.5)
     )
     behaviour = ds.behaviours.mixture(
         (ds.behaviours.on_policy(), 0.5),

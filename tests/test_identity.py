@@ -57,7 +57,10 @@ def test_every_way_to_the_log_weight_agrees(x64, key, name):
 
 @pytest.mark.parametrize("num_steps", [1, 2])
 @pytest.mark.parametrize(
-    "name", mostly_slow([*PROCESSES, *LEARNED], *PROCESSES, "pis_learned", "dis_shared")
+    "name",
+    mostly_slow(
+        [*PROCESSES, *LEARNED, "dis_euler"], *PROCESSES, "pis_learned", "dis_shared"
+    ),
 )
 def test_quadrature_over_all_paths(x64, key, name, num_steps):
     """Both path densities, integrated over a grid of paths, give 1 and Z.

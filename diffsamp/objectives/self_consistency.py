@@ -7,8 +7,9 @@ path and a step of length 2 d from t to t',
 
 in squared deviations s of the reference per coordinate: one long step is to arrive
 where two short ones do, both taken with the current parameters or their exponential
-moving average. Lengths are 2^k / K with k from 1 to log2 K; the paper draws k uniformly
-and then t uniformly from the multiples of 2 d. The loss says nothing about the shortest
+moving average. Lengths are 2^k / K as far as 2^k divides K, up to a single step where K
+is a power of two; the paper draws k uniformly and then t uniformly from the multiples
+of 2 d. The loss says nothing about the shortest
 step: that one has to be trained by another objective in a `weighted_sum`, or everything
 is consistent with an arbitrary flow.
 
@@ -93,8 +94,8 @@ def self_consistency(
 
     Raises:
         ValueError: when ema_decay is not in (0, 1); at the start of training when the
-            sampler has no probability flow, its number of steps is no power of two from
-            2 on, or its time grid of half the steps is not every other time.
+            sampler has no probability flow, its number of steps is odd, or its time
+            grid of half the steps is not every other time.
 
     Example:
         >>> import diffsamp as ds
@@ -115,7 +116,7 @@ def self_consistency(
 
     def loss(params, average, batch):
         sampler: Sampler = batch.sampler
-        num_levels = sampler.num_steps.bit_length() - 1
+        num_levels = _num_halvings(sampler.num_steps)
         short = params["sampler"] if ema_decay is None else average
         short = jax.lax.stop_gradient(short)
         for_level, for_place = jax.random.split(batch.key)
@@ -161,15 +162,20 @@ def self_consistency(
     return Objective(Requirements(), init, loss, update)
 
 
+def _num_halvings(num_steps: int) -> int:
+    """How often it can be divided by two."""
+    return (num_steps & -num_steps).bit_length() - 1
+
+
 def _check_grid(sampler: Any) -> None:
     sampler.check_flow()
     num = sampler.num_steps
-    if num < 2 or num & (num - 1):
+    if num % 2:
         raise ValueError(
-            "self_consistency halves steps: num_steps must be a power of two from 2 "
-            f"on, got {num}"
+            "self_consistency takes steps in pairs: num_steps must be even, and a "
+            f"power of two if a single step is to be trained; got {num}"
         )
-    while num > 1:
+    for _ in range(_num_halvings(num)):
         fine, coarse = (sampler.process.coefficients(k).times for k in (num, num // 2))
         if not np.allclose(fine[::2], coarse, rtol=0, atol=1e-9):
             raise ValueError(
@@ -181,13 +187,15 @@ def _check_grid(sampler: Any) -> None:
 
 
 def _steps_of_all_grids(sampler: Any):
-    """``(num_steps, index) -> Step`` for grids of 1, 2, 4, ..., K steps."""
-    sizes = [2**k for k in range(sampler.num_steps.bit_length())]
+    """``(num_steps, index) -> Step`` for grids of K, K / 2, K / 4, ... steps."""
+    num_levels = _num_halvings(sampler.num_steps)
+    coarsest = sampler.num_steps >> num_levels
+    sizes = [coarsest << k for k in range(num_levels + 1)]
     grids = [sampler.with_num_steps(k).steps() for k in sizes]
     rows = jax.tree.map(lambda *columns: jnp.concatenate(columns), *grids)
 
     def step_of(num_steps, index):
-        row = num_steps - 1 + index  # 1 + 2 + ... + num_steps / 2 rows come before
+        row = num_steps - coarsest + index  # all coarser grids come before
         return jax.tree.map(lambda column: column[row], rows)
 
     return step_of
