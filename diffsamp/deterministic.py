@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffsamp import solvers
-from diffsamp._distributions import normal_log_prob, standard_normal
+from diffsamp._distributions import standard_normal
 from diffsamp.energies import as_key, bind_condition
 from diffsamp.sampler import Evaluations, Final, Sampler
 from diffsamp.types import Array, Energy, Key, Params, Trajectory
@@ -274,11 +274,7 @@ class ProbabilityFlow:
 
     def log_reference(self, x: Array) -> Array:
         """Log-density of the reference at x [D], []."""
-        y = self.sampler.unit(jnp.asarray(x))
-        scale = np.broadcast_to(np.asarray(self.sampler.scale, np.float64), (self.dim,))
-        one = jnp.ones((), y.dtype)
-        value = normal_log_prob(y, jnp.zeros_like(y), one)
-        return value - float(np.sum(np.log(scale)))
+        return self.sampler.log_prior(self.sampler.unit(jnp.asarray(x)))
 
     def _control(self, params, energy, condition):
         sampler, steps = self.sampler, self.sampler.steps()

@@ -130,14 +130,7 @@ class VariancePreserving:
 
     @functools.lru_cache(maxsize=64)  # noqa: B019 - frozen and small
     def coefficients(self, num_steps: int) -> Coefficients:
-        times = self.time_grid(num_steps)
-        if not np.all(np.diff(self.schedule.signal(times)) > 0):
-            raise ValueError(
-                "the noise schedule must increase strictly on the time grid; with "
-                f"{num_steps} steps it stands still. Use fewer steps or another "
-                "schedule"
-            )
-        return self.on(times)
+        return self.on(_increasing(self.schedule, self.time_grid, num_steps))
 
     def on(self, times: Times) -> Coefficients:
         xp, num_steps = _module_of(times), times.shape[0] - 1
@@ -177,11 +170,7 @@ class EulerVariancePreserving:
 
     @functools.lru_cache(maxsize=64)  # noqa: B019 - frozen and small
     def coefficients(self, num_steps: int) -> Coefficients:
-        # For the check of the schedule.
-        times = VariancePreserving(self.schedule, self.time_grid).coefficients(
-            num_steps
-        )[0]
-        return self.on(times)
+        return self.on(_increasing(self.schedule, self.time_grid, num_steps))
 
     def on(self, times: Times) -> Coefficients:
         xp, num_steps = _module_of(times), times.shape[0] - 1
@@ -266,13 +255,10 @@ class Renoising:
 
     @functools.lru_cache(maxsize=64)  # noqa: B019 - frozen and small
     def coefficients(self, num_steps: int) -> Coefficients:
-        destruction = VariancePreserving(self.schedule, self.time_grid)
-        return self._renoised(destruction.coefficients(num_steps))
+        return self.on(_increasing(self.schedule, self.time_grid, num_steps))
 
     def on(self, times: Times) -> Coefficients:
-        return self._renoised(VariancePreserving(self.schedule).on(times))
-
-    def _renoised(self, table):
+        table = VariancePreserving(self.schedule).on(times)
         xp, num_steps = _module_of(table.times), table.times.shape[0] - 1
         signal = self.schedule.signal(table.times[1:])
         std = xp.sqrt(1 - signal + self.smallest_std**2)
@@ -285,3 +271,14 @@ class Renoising:
 
 def _module_of(times: Times) -> Any:
     return jnp if isinstance(times, jax.Array) else np
+
+
+def _increasing(schedule: NoiseSchedule, time_grid: TimeGrid, num_steps: int):
+    """The times of a grid, at each of which there is more signal than before."""
+    times = time_grid(num_steps)
+    if not np.all(np.diff(schedule.signal(times)) > 0):
+        raise ValueError(
+            "the noise schedule must increase strictly on the time grid; with "
+            f"{num_steps} steps it stands still. Use fewer steps or another schedule"
+        )
+    return times

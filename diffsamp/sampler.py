@@ -534,7 +534,7 @@ class Sampler:
         log_density = jax.vmap(self._log_density)
         log_generation = log_density(ys[1:], *generation)
         log_destruction = log_density(ys[:-1], *destruction)
-        log_prior = self._log_prior(ys[0])
+        log_prior = self.log_prior(ys[0])
         trajectory = self._trajectory(
             path.xs, log_prior, log_generation, log_destruction, path.energy
         )
@@ -688,7 +688,8 @@ class Sampler:
         value = normal_log_prob(y, mean, safe) - self._log_volume
         return jnp.where(jnp.all(std > 0), value, jnp.zeros_like(value))
 
-    def _log_prior(self, y):
+    def log_prior(self, y: Array) -> Array:
+        """Log-density of the reference at unit coordinates y [D], in units of x, []."""
         if self.process.point_mass:
             return jnp.zeros((), y.dtype)
         return normal_log_prob(y, jnp.zeros_like(y), jnp.ones((), y.dtype)) - (
@@ -744,7 +745,7 @@ class Sampler:
             kept = (y, seen.score, value_before) if keep else None
             return (y_next, next_seen, value), (log_densities_of_step, kept)
 
-        log_prior = self._log_prior(y)
+        log_prior = self.log_prior(y)
         features = self._features(params, y, steps.time[0], condition)
         value, score = self._value_and_score(energy, y)
         carry = (y, _Seen(score, features), value)

@@ -74,7 +74,8 @@ def scds(
 
     Args:
         dim: dimension D.
-        num_steps: steps K of training; a power of two for `self_consistency`.
+        num_steps: steps K of training; even for `self_consistency`, and a power of two
+            if a single step is to be trained.
         loc: mean of the reference, a number or D numbers.
         scale: standard deviation of the reference, a number or D numbers.
         schedule: noise schedule; by default `schedules.geometric`.
