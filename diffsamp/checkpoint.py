@@ -28,7 +28,7 @@ from diffsamp.types import Params, PyTree
 MAGIC = b"diffsamp-file\n"
 FORMAT_VERSION = 1
 
-_CLASSES = {
+CLASSES = {
     cls.__name__: cls
     for cls in (
         Sampler,
@@ -69,9 +69,13 @@ def save(path: str | os.PathLike, sampler: Sampler, params: Params) -> None:
     `load` must then be given the sampler.
 
     Args:
-        path: file to write; an existing one is replaced.
+        path: file to write. A sampler that is already there is replaced; any other
+            file, a training checkpoint included, is left as it is.
         sampler: the sampler.
         params: its parameters, ``fit.params``.
+
+    Raises:
+        CheckpointError: when another kind of file is there.
 
     Example:
         >>> import tempfile, jax, diffsamp as ds
@@ -83,6 +87,13 @@ def save(path: str | os.PathLike, sampler: Sampler, params: Params) -> None:
         >>> again == sampler
         True
     """
+    if Path(path).exists():
+        kind = _kind(path)
+        if kind != "sampler":
+            raise CheckpointError(
+                f"{path} exists and is {kind}; it was left untouched. Choose another "
+                "path, or remove the file"
+            )
     header = {"kind": "sampler", "sampler": _encode(sampler)}
     write(path, header, params)
 
@@ -126,7 +137,7 @@ def write(path: str | os.PathLike, header: dict, tree: PyTree) -> None:
     text = json.dumps({**header, "format": FORMAT_VERSION}).encode()
     content = len(text).to_bytes(8, "little") + text + payload
     path = Path(path)
-    partial = path.with_name(path.name + ".partial")
+    partial = path.with_name(path.name + ".diffsamp-partial")
     try:
         with open(partial, "wb") as file:
             file.write(MAGIC + hashlib.sha256(content).digest() + content)
@@ -163,6 +174,15 @@ def read(path: str | os.PathLike) -> tuple[dict, Any]:
             f"{path} has format {header['format']}, this version reads {FORMAT_VERSION}"
         )
     return header, serialization.msgpack_restore(content[8 + size :])
+
+
+def _kind(path: str | os.PathLike) -> str:
+    """What a file holds, "sampler" if it is a sound file of `save`."""
+    try:
+        kind = str(read(path)[0].get("kind"))
+    except CheckpointError:
+        return "damaged, or no file of this library"
+    return kind if kind == "sampler" else f"a {kind} checkpoint"
 
 
 def restore(template: PyTree, payload: Any, path: str | os.PathLike) -> PyTree:
@@ -237,7 +257,7 @@ def _encode(value: Any) -> Any:
     if isinstance(value, tuple):
         return {"tuple": [_encode(v) for v in value]}
     name = type(value).__name__
-    if _CLASSES.get(name) is not type(value):
+    if CLASSES.get(name) is not type(value):
         return None
     fields = {
         field.name: _encode(getattr(value, field.name)) for field in _fields(value)
@@ -255,7 +275,7 @@ def _decode(value: Any) -> Any:
     if "tuple" in value:
         return tuple(_decode(v) for v in value["tuple"])
     try:
-        cls = _CLASSES[value["class"]]
+        cls = CLASSES[value["class"]]
         return cls(**{k: _decode(v) for k, v in value["fields"].items()})
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"the file names an unknown part: {error}") from error

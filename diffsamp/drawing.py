@@ -38,6 +38,17 @@ class Draws(NamedTuple):
     log_evidence: LogEvidence
     diagnostics: Diagnostics
 
+    @property
+    def smoothed_log_weight(self) -> np.ndarray | None:
+        """Pareto-smoothed log-weights (`diagnostics.pareto_smooth`), [N], or None.
+
+        For expectations where k-hat lies between 0.5 and 0.7: less noise for a small
+        bias. Their mean is no longer exactly Z in expectation.
+        """
+        if self.log_weight is None:
+            return None
+        return np.asarray(judging.pareto_smooth(self.log_weight).log_weight)
+
     def resample(self, key: Key, num: int) -> np.ndarray:
         """Equal-weight draws, by systematic resampling in random order.
 
@@ -188,7 +199,8 @@ def log_weights_of(
 ) -> np.ndarray:
     """Log-weights of paths traced back from given points.
 
-    For points from the target their mean is an upper bound on log Z (EUBO).
+    For points from the target their mean is an upper bound on log Z (EUBO). Each point
+    costs ``sampler.evaluations_per_trace``.
 
     Args:
         key: random key; consumed.

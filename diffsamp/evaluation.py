@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from scipy.special import logsumexp
 
 from diffsamp import batching, diagnostics, drawing, evidence, metrics, probes
 from diffsamp.deterministic import ProbabilityFlow
@@ -51,10 +52,12 @@ def evaluate(
         batch_size: paths per compiled call.
 
     Returns:
-        A dict with ``elbo``, ``log_z``, ``log_z_standard_error``, ``ess`` (fraction),
-        ``pareto_k``, ``verdict``, counts; with reference draws also ``eubo``,
-        ``log_z_forward``, ``forward_ess``, ``w2``, ``sinkhorn``, ``mmd``, ``quantiles``
-        and their floors; with known modes ``mode_weights``, ``mode_tv``; with a known
+        A dict with ``elbo``, ``log_z``, ``log_z_standard_error``, ``log_z_smoothed``
+        (from Pareto-smoothed weights), ``ess`` (fraction), ``pareto_k``, ``verdict``,
+        counts; with reference draws also ``eubo``, ``log_z_forward``,
+        ``forward_ess``, ``w2``, ``sinkhorn``, ``mmd``,
+        ``quantile_error`` (the largest, in standard deviations) and their floors,
+        ``quantiles``; with known modes ``mode_weights``, ``mode_tv``; with a known
         log Z ``log_z_error``, ``elbo_gap``, ``eubo_gap``.
 
     Raises:
@@ -104,6 +107,7 @@ def evaluate(
         out["elbo"] = draws.log_evidence.lower
         out["log_z"] = draws.log_evidence.estimate
         out["log_z_standard_error"] = draws.log_evidence.standard_error
+        out["log_z_smoothed"] = _log_mean(draws.smoothed_log_weight)
         out["ess"], out["pareto_k"] = report.ess_fraction, report.pareto_k
     if target.log_z is not None:
         out["log_z_true"] = target.log_z
@@ -173,7 +177,11 @@ def _distances(equal, raw, exact, sinkhorn):
     """Distances of resampled and raw draws from one exact set, beside their floors."""
     num = min(2_000, len(equal), len(exact[0]))
     a, b = (e[:num] for e in exact)
-    functions = {"w2": metrics.wasserstein2, "mmd": metrics.mmd}
+    functions = {
+        "w2": metrics.wasserstein2,
+        "mmd": metrics.mmd,
+        "quantile_error": metrics.quantile_error,
+    }
     if sinkhorn:
         functions["sinkhorn"] = _converged_sinkhorn
         functions[f"sinkhorn_scds_n{num}"] = metrics.sinkhorn_scds
@@ -187,6 +195,11 @@ def _distances(equal, raw, exact, sinkhorn):
     out["quantiles"] = metrics.quantiles(equal, levels)
     out["quantiles_exact"] = metrics.quantiles(a, levels)
     return out
+
+
+def _log_mean(log_weight):
+    with np.errstate(invalid="ignore"):  # an infinite weight
+        return float(logsumexp(log_weight) - np.log(len(log_weight)))
 
 
 def _converged_sinkhorn(x, y):

@@ -12,7 +12,7 @@ independent exact sets beside the value.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax
@@ -408,6 +408,37 @@ def quantiles(
     return np.quantile(
         points[used], probs, axis=0, weights=weights[used], method="inverted_cdf"
     )
+
+
+def quantile_error(
+    x: ArrayLike,
+    exact: ArrayLike,
+    q: ArrayLike | Sequence[float] = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99),
+) -> float:
+    """Largest error of a quantile of any coordinate, in its standard deviations.
+
+    Args:
+        x: draws, [N, D].
+        exact: exact draws, [M, D]; their standard deviations are the units.
+        q: probabilities in [0, 1], [Q].
+
+    Raises:
+        ValueError: when the sets do not have the same D, or q is wrong.
+
+    Example:
+        >>> import numpy as np
+        >>> from diffsamp import metrics
+        >>> exact = np.array([[-1.0], [1.0]])
+        >>> metrics.quantile_error(exact + 0.25, exact)
+        0.25
+    """
+    x, exact = _two_sets(x, exact)
+    if not _all_finite(x, exact):
+        return float("nan")
+    levels = np.asarray(q)
+    error = np.abs(quantiles(x, levels) - quantiles(exact, levels))
+    unit = np.std(exact, axis=0)
+    return float(np.max(error / np.where(unit > 0, unit, 1.0)))
 
 
 def moments(x: ArrayLike, log_weight: ArrayLike | None = None) -> Moments:

@@ -67,6 +67,8 @@ def summary(
 def verdict_lines(draws: Draws, log_z: float | None = None) -> str:
     """Evidence, its bounds, ESS, k-hat and verdict in a few lines.
 
+    Draws that have lost a part of the target are announced in capitals.
+
     Args:
         draws: result of `draw`.
         log_z: true value to print beside the estimate, where known.
@@ -76,11 +78,15 @@ def verdict_lines(draws: Draws, log_z: float | None = None) -> str:
     if log_z is not None:
         evidence += f"   (true value {log_z:.3f})"
     upper = "-" if found.upper is None else f"{found.upper:.3f}"
+    alarm = []
+    if report.collapsed:
+        alarm = ["COLLAPSED        the sampler has lost a part of the target"]
     missing = "no probe"
     if report.missing_mass is not None:
         missing = f"{report.missing_mass:.1%} (noise {report.coverage_tolerance:.1%})"
     return "\n".join(
         [
+            *alarm,
             f"log Z            {evidence}",
             f"bounds           ELBO {found.lower:.3f}, EUBO {upper}",
             f"ESS              {report.ess:.0f} of {len(draws.x)} draws",

@@ -37,7 +37,9 @@ class TunedGrid(NamedTuple):
         elbo_before: on the old grid.
         elbo_after: on the grid that was kept; from the same random numbers.
         standard_error: of the difference of the two.
-        num_paths: paths simulated in all.
+        num_energy_evaluations: energies evaluated alone, to judge.
+        num_gradient_evaluations: energies evaluated with their gradient.
+        num_network_evaluations: control evaluations.
     """
 
     sampler: Sampler
@@ -45,7 +47,9 @@ class TunedGrid(NamedTuple):
     elbo_before: float
     elbo_after: float
     standard_error: float
-    num_paths: int
+    num_energy_evaluations: int
+    num_gradient_evaluations: int
+    num_network_evaluations: int
 
 
 def tune_time_grid(
@@ -152,13 +156,18 @@ def tune_time_grid(
             process, time_grid=FixedGrid(tuple(times.tolist()))
         )
         sampler = dataclasses.replace(sampler, process=process)
+    price = sampler.evaluations_per_path
+    trained, judged = num_updates * batch_size, 2 * _NUM_JUDGED
     return TunedGrid(
         sampler=sampler,
         times=times,
         elbo_before=_mean(before),
         elbo_after=_mean(after),
         standard_error=error,
-        num_paths=num_updates * batch_size + 2 * _NUM_JUDGED,
+        num_energy_evaluations=judged * price.energy,
+        num_gradient_evaluations=(trained + judged) * price.gradient
+        + trained * price.energy,  # in training every energy is differentiated
+        num_network_evaluations=(trained + judged) * price.network,
     )
 
 

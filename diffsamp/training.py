@@ -95,8 +95,8 @@ class FitResult(NamedTuple):
         num_skipped: updates skipped for a non-finite loss or gradient.
         seconds: wall time, compilation included.
         compile_seconds: of it, spent before the first update: pilots and compilation.
-        stopped_by: "num_updates", "max_seconds", "max_energy_evaluations", "callback"
-            or "interrupt".
+        stopped_by: "num_updates", "max_seconds", "max_energy_evaluations", "callback",
+            "interrupt" or "exception".
     """
 
     params: Params
@@ -390,6 +390,8 @@ def fit(
             the behaviour cannot serve.
         TrainingDiverged: after ``max_skipped_in_a_row`` skipped updates in a row; the
             exception carries the last good state.
+        Exception: whatever a callback raises. As every exception after the first
+            update it has an attribute ``fit_result``: the training so far.
         CheckpointError: for a checkpoint that is damaged, foreign or of another
             configuration; the file is left as it is.
 
@@ -474,6 +476,21 @@ def fit(
     bar = tqdm(
         total=num_updates, initial=int(state.count) - progress.first, disable=silent
     )
+
+    def result(state, stopped_by):
+        return FitResult(
+            params=state.params["sampler"] if ema_decay is None else state.average,
+            state=state,
+            metrics=progress.metrics,
+            num_energy_evaluations=progress.num_energy,
+            num_gradient_evaluations=progress.num_gradient,
+            num_network_evaluations=progress.num_network,
+            num_skipped=int(state.num_skipped),
+            seconds=time.perf_counter() - begin,
+            compile_seconds=ready - begin,
+            stopped_by=stopped_by,
+        )
+
     try:
         while total is None or int(state.count) < total:
             elapsed = time.perf_counter() - ready
@@ -517,21 +534,14 @@ def fit(
                 break
     except KeyboardInterrupt:
         stopped_by, state = "interrupt", last_good
+    except Exception as error:
+        vars(error)["fit_result"] = result(last_good, "exception")
+        error.add_note("What was trained so far is in this exception's .fit_result")
+        raise
     finally:
         bar.close()
         keep(last_good)
-    return FitResult(
-        params=state.params["sampler"] if ema_decay is None else state.average,
-        state=state,
-        metrics=progress.metrics,
-        num_energy_evaluations=progress.num_energy,
-        num_gradient_evaluations=progress.num_gradient,
-        num_network_evaluations=progress.num_network,
-        num_skipped=int(state.num_skipped),
-        seconds=time.perf_counter() - begin,
-        compile_seconds=ready - begin,
-        stopped_by=stopped_by,
-    )
+    return result(state, stopped_by)
 
 
 def param_labels(params: Params) -> Params:

@@ -118,6 +118,7 @@ def run_sampler(cell, method, seed, args):
         **distances(jax.random.fold_in(key, 4), target, points, cell.num_repeats),
         "num_updates": len(fit.metrics["loss"]),
         "num_skipped": fit.num_skipped,
+        "energy_evaluations": fit.num_energy_evaluations,
         "gradient_evaluations": fit.num_gradient_evaluations,
         "network_evaluations": fit.num_network_evaluations,
         "seconds": fit.seconds,
@@ -132,7 +133,7 @@ def run_smc(cell, seed):
     """
     target = ds.targets.by_name(cell.target)
     key, begin = jax.random.key(seed), time.perf_counter()
-    particles, log_weights, log_zs, gradients = [], [], [], 0
+    particles, log_weights, log_zs, energies, gradients = [], [], [], 0, 0
     budget = cell.num_updates * BATCH_SIZE * (cell.num_steps + 1)
     while gradients < budget:
         result = ds.mcmc.smc_from_gaussian(
@@ -143,6 +144,7 @@ def run_smc(cell, seed):
             num_particles=NUM_PARTICLES,
         )
         log_zs.append(float(result.log_z))
+        energies += int(result.num_energy_evaluations)
         gradients += int(result.num_gradient_evaluations)
         particles.append(np.asarray(result.particles))
         log_weight = np.asarray(jax.nn.log_softmax(result.log_weight))
@@ -155,6 +157,7 @@ def run_smc(cell, seed):
         "log_z_error": log_z - target.log_z,
         "log_z_standard_error": float(relative.std() / np.sqrt(len(relative))),
         "num_runs": len(log_zs),
+        "energy_evaluations": energies,
         "gradient_evaluations": gradients,
         "network_evaluations": 0,
         "seconds": time.perf_counter() - begin,
@@ -208,6 +211,7 @@ COLUMNS = (
     ("Sinkhorn / floor", "sinkhorn_ratio", "{:.3f}", lambda v: abs(v - 1)),
     ("its noise", "sinkhorn_ratio_se", "{:.3f}", float),
     ("seconds", "seconds", "{:.0f}", float),
+    ("energies alone", "energy_evaluations", "{:.2e}", float),
     ("energy gradients", "gradient_evaluations", "{:.2e}", float),
     ("network calls", "network_evaluations", "{:.2e}", float),
 )

@@ -22,7 +22,7 @@ import numpy as np
 import optax
 from numpyro.diagnostics import split_gelman_rubin
 from numpyro.infer import MCMC, NUTS
-from rows import dumps
+from rows import dumps, environment
 
 import diffsamp as ds
 from diffsamp import posteriors
@@ -32,6 +32,7 @@ matplotlib.use("Agg")
 OBJECTIVES = {
     "log_variance": ds.objectives.log_variance,
     "trajectory_balance": ds.objectives.trajectory_balance,
+    "reverse_kl": ds.objectives.reverse_kl,
     "reverse_kl_log_derivative": ds.objectives.reverse_kl_log_derivative,
     "forward_kl": ds.objectives.forward_kl,
 }
@@ -82,12 +83,14 @@ def train(key, target, particles, args):
         batch_size=128,
         max_seconds=0.6 * args.seconds,
     )
+    objective = OBJECTIVES[args.objective]()
+    both = ds.behaviours.mixture((on_policy, 0.5), (seeded, 0.5))
     fit = ds.fit(
         jax.random.fold_in(key, 1),
         sampler,
-        OBJECTIVES[args.objective](),
+        objective,
         target.energy,
-        behaviour=ds.behaviours.mixture((on_policy, 0.5), (seeded, 0.5)),
+        behaviour=on_policy if objective.requires.simulation_gradient else both,
         optimizer=optax.adam(1e-3),
         anneal=ds.schedules.cosine_anneal,
         params=warm.params,
@@ -142,17 +145,32 @@ def named(target, posterior, x):
 
 
 def add_upper_bound(key, target, posterior, sampler, params, draws):
-    """EUBO, from draws of the target that this library had no part in."""
+    """EUBO, from draws of the target that this library had no part in.
+
+    Returns the draws with it, and the number of paths it took.
+    """
     for_draws, for_paths = jax.random.split(key)
     if posterior is not None:
         points = jax.vmap(target.unconstrain)(posterior.draws())
     elif target.sample is not None:
         points = target.sample(for_draws, 1_000)
     else:
-        return draws
+        return draws, 0
     log_weight = ds.log_weights_of(for_paths, sampler, params, target.energy, points)
     upper = ds.evidence.eubo(log_weight).estimate
-    return draws._replace(log_evidence=draws.log_evidence._replace(upper=upper))
+    log_evidence = draws.log_evidence._replace(upper=upper)
+    return draws._replace(log_evidence=log_evidence), len(points)
+
+
+def total_cost(results, sampler, num_traced):
+    """Evaluations in all: of SMC, training, draws with their probe, and the EUBO."""
+    total = {}
+    for kind in ("energy", "gradient", "network"):
+        name = f"num_{kind}_evaluations"
+        traces = num_traced * getattr(sampler.evaluations_per_trace, kind)
+        counts = [getattr(result, name, 0) for result in results]
+        total[f"{kind}_evaluations"] = sum(counts) + traces
+    return total
 
 
 def mode_table(target, draws, nuts):
@@ -196,13 +214,10 @@ def main():
     draws = ds.draw(
         keys[4], sampler, fit.params, target.energy, args.num_draws, probe=probe
     )
-    draws = add_upper_bound(keys[5], target, posterior, sampler, fit.params, draws)
-    report = draws.diagnostics
-    training = [
-        r.num_energy_evaluations + r.num_gradient_evaluations for r in (warm, fit)
-    ]
-    cost = sum(training) + particles.num_gradient_evaluations
-    cost += report.num_energy_evaluations + report.num_gradient_evaluations
+    draws, traced = add_upper_bound(
+        keys[5], target, posterior, sampler, fit.params, draws
+    )
+    cost = total_cost((particles, warm, fit, draws.diagnostics), sampler, traced)
     print()
     print(ds.summary(named(target, posterior, draws.x), draws.log_weight))
     print()
@@ -213,8 +228,9 @@ def main():
         for i in range(min(len(bars["truth"]), 40)):
             print(f"{i:>12}" + "".join(f"{bars[n][i]:>10.3f}" for n in bars))
     print(
-        f"\ndiffsamp: {cost:,} energies and gradients (SMC, training, draws, probe), "
-        f"{warm.seconds + fit.seconds:.0f} s of training"
+        f"\ndiffsamp: {cost['energy_evaluations']:,} energies, "
+        f"{cost['gradient_evaluations']:,} gradients (SMC, training, draws, probe, "
+        f"EUBO), {warm.seconds + fit.seconds:.0f} s of training"
     )
     print(
         f"NUTS:     {nuts['gradients_after_warmup']:,} gradients after warm-up, "
@@ -259,13 +275,12 @@ def save(args, target, sampler, fit, draws, nuts, bars, cost, begin):
         "mode_weights": None if bars is None else bars["diffsamp"].tolist(),
         "mode_weights_true": None if bars is None else bars["truth"].tolist(),
         "mode_weights_nuts": None if bars is None else bars["NUTS"].tolist(),
-        "num_evaluations": cost,
+        **cost,
         "nuts_max_rhat": nuts["max_rhat"],
         "nuts_seconds": nuts["seconds"],
         "nuts_gradients_after_warmup": nuts["gradients_after_warmup"],
         "seconds": seconds,
-        "versions": {"jax": jax.__version__, "diffsamp": ds.__version__},
-        "device": jax.devices()[0].device_kind,
+        **environment(),
     }
     (args.out / "quickstart.json").write_text(dumps(numbers, indent=1))
     print(f"\nwrote {args.out}/quickstart.png, .json and sampler.diffsamp")

@@ -8,64 +8,68 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import pathlib
 
 import numpy as np
+from rows import described, summarise
+
+COLUMNS = (  # title, name, form, what the worst is the largest of
+    ("log Z error", "log_z_error", "{:+.3f}", abs),
+    ("standard error", "log_z_standard_error", "{:.3f}", float),
+    ("ELBO gap", "elbo_gap", "{:.2f}", float),
+    ("EUBO gap", "eubo_gap", "{:.2f}", float),
+    ("ESS", "ess", "{:.3f}", lambda v: -v),
+    ("k-hat", "pareto_k", "{:.2f}", float),
+    ("worst mode weight error", "mode_weights_error", "{:.3f}", float),
+    ("energies", "energy_evaluations", "{:.2e}", float),
+    ("gradients", "gradient_evaluations", "{:.2e}", float),
+    ("network calls", "network_evaluations", "{:.2e}", float),
+    ("seconds in all", "seconds", "{:.0f}", float),
+    ("NUTS max R-hat", "nuts_max_rhat", "{:.2f}", float),
+    ("NUTS worst mode weight error", "mode_weights_nuts_error", "{:.3f}", float),
+    ("NUTS seconds", "nuts_seconds", "{:.0f}", float),
+)
 
 
-def worst_mode_error(row, name):
-    return float(np.max(np.abs(np.subtract(row[name], row["mode_weights_true"]))))
+def read(path):
+    """A result with its errors; what is infinite stands as null in the file."""
+    row = json.loads(path.read_text())
+    for name in ("log_z_standard_error", "eubo", "pareto_k", "nuts_max_rhat"):
+        row[name] = math.inf if row[name] is None else row[name]
+    truth, shares = row["log_z_true"], row["mode_weights_true"]
+    if truth is not None:
+        row["log_z_error"] = row["log_z"] - truth
+        row["elbo_gap"], row["eubo_gap"] = truth - row["elbo"], row["eubo"] - truth
+    if shares is not None:
+        for name in ("mode_weights", "mode_weights_nuts"):
+            error = np.max(np.abs(np.subtract(row[name], shares)))
+            row[f"{name}_error"] = float(error)
+    return row
 
 
-def number(value, form):
-    return "inf" if value is None else format(value, form)
+def cell(row, name, form):
+    return "-" if row.get(name) is None else form.format(row[name])
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("files", type=pathlib.Path, nargs="+")
-    rows = [json.loads(path.read_text()) for path in parser.parse_args().files]
-    head = (
-        "seed",
-        "log Z error",
-        "standard error",
-        "ELBO gap",
-        "EUBO gap",
-        "ESS",
-        "k-hat",
-        "worst mode weight error",
-        "energies and gradients",
-        "seconds in all",
-        "NUTS max R-hat",
-        "NUTS worst mode weight error",
-        "NUTS seconds",
-        "verdict",
-    )
-    print("| " + " | ".join(head) + " |")
-    print("| --- " * len(head) + "|")
-    for row in sorted(rows, key=lambda r: r["seed"]):
-        cells = (
-            row["seed"],
-            f"{row['log_z'] - row['log_z_true']:+.3f}",
-            number(row["log_z_standard_error"], ".3f"),
-            f"{row['log_z_true'] - row['elbo']:.2f}",
-            "inf" if row["eubo"] is None else f"{row['eubo'] - row['log_z_true']:.2f}",
-            f"{row['ess']:.3f}",
-            number(row["pareto_k"], ".2f"),
-            f"{worst_mode_error(row, 'mode_weights'):.3f}",
-            f"{row['num_evaluations']:.2e}",
-            f"{row['seconds']:.0f}",
-            f"{row['nuts_max_rhat']:.2f}",
-            f"{worst_mode_error(row, 'mode_weights_nuts'):.3f}",
-            f"{row['nuts_seconds']:.0f}",
-            row["verdict"],
-        )
-        print("| " + " | ".join(map(str, cells)) + " |")
+    rows = sorted(map(read, parser.parse_args().files), key=lambda row: row["seed"])
+    print("| seed | " + " | ".join(column[0] for column in COLUMNS) + " |")
+    print("| --- " * (len(COLUMNS) + 1) + "|")
+    for row in rows:
+        cells = " | ".join(cell(row, *column[1:3]) for column in COLUMNS)
+        print(f"| {row['seed']} | {cells} |")
+    cells = " | ".join(summarise(rows, *column[1:]) for column in COLUMNS)
+    print(f"| mean (worst) | {cells} |\n")
+    for row in rows:
+        print(f"* seed {row['seed']}: {row['verdict']}")
     first = rows[0]
     print(
         f"\n{first['target']}, {first['num_steps']} steps, {first['objective']}, "
         f"{first['training_seconds']:.0f} s of training, {first['num_draws']:,} draws, "
-        f"{first['device']}, jax {first['versions']['jax']}."
+        f"{described(first)}."
     )
 
 

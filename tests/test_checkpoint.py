@@ -435,6 +435,28 @@ def test_a_file_of_the_other_kind(halfway, tmp_path):
         ds.load(halfway)
 
 
+@pytest.mark.parametrize("kind", [*FOREIGN, "training"])
+def test_save_replaces_samplers_only(halfway, tmp_path, kind):
+    path, params = tmp_path / "s.ds", SAMPLER.init(jax.random.key(0))
+    path.write_bytes(FOREIGN.get(kind, halfway.read_bytes()))
+    before = path.read_bytes()
+    what = "a training checkpoint" if kind == "training" else "no file of this library"
+    with pytest.raises(ds.CheckpointError, match=f"{what}; it was left untouched"):
+        ds.save(path, SAMPLER, params)
+    assert path.read_bytes() == before
+    path.unlink()
+    ds.save(path, SAMPLER, params)
+    ds.save(path, SAMPLER, jax.tree.map(lambda p: p + 1, params))
+    assert float(ds.load(path, sampler=SAMPLER)[1]["generation"]["gain"]) == 1
+
+
+def test_files_of_similar_names_are_not_ours(tmp_path):
+    other = tmp_path / "s.ds.partial"
+    other.write_text("my notes")
+    ds.save(tmp_path / "s.ds", SAMPLER, SAMPLER.init(jax.random.key(0)))
+    assert other.read_text() == "my notes"
+
+
 TRAJECTORY_BALANCE = ds.objectives.trajectory_balance()
 
 
@@ -620,5 +642,5 @@ def test_every_part_of_a_configuration_can_be_written():
     }
     helpers = {ds.networks.FourierFeatures, ds.networks.TimeScale}
     own = {ds.networks.FunctionControl}  # the user's, never written
-    missing = parts - helpers - own - set(checkpoint._CLASSES.values())
+    missing = parts - helpers - own - set(checkpoint.CLASSES.values())
     assert not missing

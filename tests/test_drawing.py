@@ -66,6 +66,14 @@ def test_fields(wide):
     assert isinstance(wide.diagnostics, ds.Diagnostics)
 
 
+def test_smoothed_weights(wide):
+    found = ds.diagnostics.pareto_smooth(wide.log_weight)
+    np.testing.assert_array_equal(wide.smoothed_log_weight, found.log_weight)
+    changed = wide.smoothed_log_weight != wide.log_weight
+    assert 0 < np.sum(changed) <= 3 * np.sqrt(4_000) + 1  # the tail alone
+    assert wide._replace(log_weight=None).smoothed_log_weight is None
+
+
 def test_draws_are_a_pytree(wide):
     doubled = jax.tree.map(lambda a: a, wide)
     assert type(doubled) is ds.Draws
@@ -440,8 +448,7 @@ MEMORY = """
 import pathlib
 import jax, diffsamp as ds
 target = ds.targets.funnel_easy()
-network = ds.networks.score_guided(width=8, depth=1)
-sampler = ds.samplers.dis(target.dim, 100, scale=target.scale, network=network)
+sampler = ds.samplers.dis(target.dim, 100, scale=target.scale)
 params = sampler.init(jax.random.key(0))
 draws = ds.draw(jax.random.key(1), sampler, params, target.energy, num_draws=1_000_000)
 assert draws.x.shape == (1_000_000, 10)

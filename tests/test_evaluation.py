@@ -27,6 +27,7 @@ ALWAYS = {
     "elbo",
     "log_z",
     "log_z_standard_error",
+    "log_z_smoothed",
     "ess",
     "pareto_k",
     "verdict",
@@ -39,7 +40,7 @@ ALWAYS = {
 KNOWN_LOG_Z = {"log_z_true", "log_z_error", "elbo_gap"}
 DISTANCES = {
     f"{name}{suffix}"
-    for name in ("w2", "mmd")
+    for name in ("w2", "mmd", "quantile_error")
     for suffix in ("", "_floor", "_unweighted")
 }
 WITH_DRAWS = DISTANCES | {
@@ -87,6 +88,8 @@ def test_bounds_hold_the_truth(report):
     assert report["elbo_gap"] > 0
     assert report["eubo_gap"] > 0
     assert abs(report["log_z_error"]) < 4 * report["log_z_standard_error"]
+    smoothing = report["log_z_smoothed"] - report["log_z"]
+    assert 0 < abs(smoothing) < report["log_z_standard_error"]
     forward_error = abs(report["log_z_forward"] - LOG_Z)
     assert forward_error < 4 * report["log_z_forward_standard_error"]
 
@@ -100,6 +103,9 @@ def test_distances_stand_beside_their_floors(report):
     )
     assert raw["w2_unweighted"] > 1.5 * raw["w2"]
     assert raw["w2_unweighted"] > 2 * raw["w2_floor"]
+    assert 0 < report["quantile_error_floor"] < 0.4
+    assert report["quantile_error"] < 2 * report["quantile_error_floor"]
+    assert raw["quantile_error_unweighted"] > 3 * raw["quantile_error_floor"]
     assert raw["mmd_unweighted"] > 5 * abs(raw["mmd"])
     assert raw["ess"] < report["ess"]
     assert raw["forward_ess"] < report["forward_ess"] <= 1
@@ -182,7 +188,7 @@ def test_no_usable_weight_is_a_report_and_not_an_error():
     )
     report = evaluate(target)
     assert report["verdict"].startswith("do not trust")
-    assert report["log_z"] == -np.inf
+    assert report["log_z"] == report["log_z_smoothed"] == -np.inf
     assert report["log_z_standard_error"] == np.inf
     np.testing.assert_allclose(report["sd"], 2.2, rtol=0.1)  # of the raw draws
 

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.special
 
 from diffsamp import diagnostics, evidence
 
@@ -132,6 +133,51 @@ def test_coverage_of_the_interval(sigma):
     assert np.median(k_hats) < 0.5
     for count in inside.values():
         assert 0.93 < count / num_repeats < 0.97
+
+
+def _pareto_tail(index):
+    return lambda u: -index * np.log(u) + math.log(1 - index)
+
+
+def _half_zero(u):
+    """Half of the weights are zero, the others log-normal."""
+    normal = scipy.special.ndtri(np.clip(2 * u - 1, 1e-12, None))
+    return np.where(u < 0.5, -INF, 0.5 * normal - 0.125 + math.log(2))
+
+
+WEIGHTS = {  # maps uniform numbers to log-weights with log Z = 0
+    "log-normal, sd 1": lambda u: scipy.special.ndtri(u) - 0.5,
+    "half of them zero": _half_zero,
+    "Pareto, index 0.2": _pareto_tail(0.2),
+    "Pareto, index 0.3": _pareto_tail(0.3),
+}
+
+
+def _coverage(weights, num_draws, num_repeats=2_500):
+    """Share of intervals that cover, of the samples with a k-hat below 0.5."""
+    rng, inside = np.random.default_rng(4), []
+    for _ in range(num_repeats):
+        log_weight = weights(rng.random(num_draws))
+        pareto_k = float(diagnostics.pareto_smooth(log_weight).pareto_k)
+        if pareto_k < 0.5:
+            log_z = evidence.log_evidence(log_weight, pareto_k=pareto_k)
+            inside.append(abs(log_z.estimate) < 1.96 * log_z.standard_error)
+    assert len(inside) > num_repeats / 2
+    return np.mean(inside)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_coverage_where_k_hat_is_below_a_half(name):
+    assert 0.93 < _coverage(WEIGHTS[name], 2_000) < 0.97
+
+
+@pytest.mark.slow
+def test_coverage_near_an_infinite_variance_needs_more_draws():
+    """A tail of index 0.4 looks lighter where the large weights are missing."""
+    weights = _pareto_tail(0.4)
+    assert 0.89 < _coverage(weights, 2_000) < 0.93
+    assert 0.93 < _coverage(weights, 20_000) < 0.97
 
 
 @pytest.mark.parametrize(

@@ -83,8 +83,7 @@ ROW = {
     "objective": "log_variance",
     "training_seconds": 65.0,
     "num_draws": 20_000,
-    "device": "cpu",
-    "versions": {"jax": "1.2.3"},
+    **{"device": "cpu", "python": "3", "versions": {"jax": "1.2.3"}},
     "log_z_true": -2.0,
     "log_z": -2.25,
     "log_z_standard_error": None,
@@ -95,7 +94,9 @@ ROW = {
     "mode_weights": [0.5, 0.5],
     "mode_weights_true": [0.75, 0.25],
     "mode_weights_nuts": [1.0, 0.0],
-    "num_evaluations": 1e6,
+    "energy_evaluations": 5e5,
+    "gradient_evaluations": 1e6,
+    "network_evaluations": 2e6,
     "seconds": 100.0,
     "nuts_max_rhat": 4.0,
     "nuts_seconds": 10.0,
@@ -104,9 +105,9 @@ ROW = {
 
 
 def test_table_of_the_quickstart(tmp_path, arguments, capsys):
-    for seed in (1, 0):
+    for seed, log_z in ((1, -1.25), (0, -2.25)):
         path = tmp_path / f"{seed}.json"
-        path.write_text(json.dumps({**ROW, "seed": seed}))
+        path.write_text(json.dumps({**ROW, "seed": seed, "log_z": log_z}))
     arguments(tmp_path / "1.json", tmp_path / "0.json")
     _script("quickstart_table").main()
     lines = capsys.readouterr().out.splitlines()
@@ -120,10 +121,22 @@ def test_table_of_the_quickstart(tmp_path, arguments, capsys):
         "0.500",
         "0.75",
         "0.250",
-        "1.00e+06",
+        "5.00e+05",
     ]
-    assert len(cells) == lines[0].count("|") - 1
+    assert len({line.count("|") for line in lines[:5]}) == 1
+    assert lines[4].startswith("| mean (worst) | +0.250 (+0.750) | inf (inf) |")
+    assert lines[6] == "* seed 0: do not trust: ..."
     assert "galaxies_mixture, 32 steps" in lines[-1]
+    assert "jax 1.2.3" in lines[-1]
+
+
+def test_table_of_a_quickstart_without_truth(tmp_path, arguments, capsys):
+    unknown = {"log_z_true": None, "mode_weights_true": None, "mode_weights": None}
+    path = tmp_path / "0.json"
+    path.write_text(json.dumps({**ROW, **unknown, "seed": 0}))
+    arguments(path)
+    _script("quickstart_table").main()
+    assert "| 0 | - | inf | - | - | 0.500 |" in capsys.readouterr().out
 
 
 def test_table_of_the_benchmark_has_mean_and_worst(tmp_path, arguments, capsys):
@@ -247,6 +260,10 @@ def test_a_small_quickstart(quickstart, tmp_path, arguments, capsys):
         assert words in printed
     numbers = json.loads((tmp_path / "quickstart.json").read_text())
     assert numbers["elbo"] < numbers["eubo"]
+    # Drawing alone costs as much: 200 draws, 256 points of the probe, 1,000 for EUBO.
+    assert numbers["gradient_evaluations"] > 1_456 * 5
+    assert numbers["energy_evaluations"] > 0  # SMC tempers by energies alone
+    assert numbers["network_evaluations"] > 1_456 * 2 * 4
     assert (tmp_path / "quickstart.png").stat().st_size > 10_000
 
 

@@ -218,6 +218,21 @@ def test_quantiles():
     assert mean.shape == sd.shape == (3,)
 
 
+def test_quantile_error():
+    exact = np.random.default_rng(12).normal(size=(2_000, 2)) * np.array([1.0, 5.0])
+    assert metrics.quantile_error(exact, exact) == 0
+    shifted = exact + np.array([0.0, 2.0])  # 0.4 of the second standard deviation
+    expected = 2.0 / exact[:, 1].std()
+    assert metrics.quantile_error(shifted, exact) == pytest.approx(expected)
+    # Only the tail of the first coordinate is wrong.
+    cut = np.minimum(exact, [2.0, np.inf])
+    missing = np.quantile(exact[:, 0], 0.99, method="inverted_cdf") - 2.0
+    expected = missing / exact[:, 0].std()
+    assert metrics.quantile_error(cut, exact) == pytest.approx(expected)
+    assert metrics.quantile_error(cut, exact, [0.5]) == 0
+    assert np.isnan(metrics.quantile_error(exact * np.nan, exact))
+
+
 def test_weighted_moments_of_a_reweighted_gaussian():
     # N(0, 1) with weights exp(x): N(1, 1).
     x = np.random.default_rng(10).normal(size=(200_000, 1))
@@ -246,6 +261,7 @@ TWO_SETS = [
     metrics.sinkhorn_divergence,
     metrics.sinkhorn_scds,
     metrics.mmd,
+    metrics.quantile_error,
 ]
 
 

@@ -68,6 +68,10 @@ def test_a_grid_that_is_no_better_is_not_taken():
     tuned = ds.tune_time_grid(KEY, sampler, params, gaussian_energy, **options)
     assert tuned.sampler == sampler
     assert tuned.elbo_after == tuned.elbo_before
+    # Two grids are judged on 4,096 paths each; this control asks for no score.
+    assert tuned.num_energy_evaluations == 2 * 4_096
+    assert tuned.num_gradient_evaluations == 1  # of the one path of training
+    assert tuned.num_network_evaluations == 6 * (2 * 4_096 + 1)
 
 
 @pytest.mark.parametrize("name", sorted(SAMPLERS))

@@ -226,6 +226,24 @@ def test_interrupt_returns_the_state_so_far(base):
     assert_same(fit(6, state=result.state).params, base.params)
 
 
+def test_an_exception_carries_what_was_trained(base):
+    class Pruned(Exception):
+        pass
+
+    def prune(count, metrics):
+        del metrics
+        if count >= 14:
+            raise Pruned("not promising")
+
+    with pytest.raises(Pruned, match="not promising") as caught:
+        fit(20, updates_per_chunk=7, callback=prune)
+    result = caught.value.fit_result
+    assert "fit_result" in caught.value.__notes__[0]
+    assert result.stopped_by == "exception"
+    assert int(result.state.count) == len(result.metrics["loss"]) == 14
+    assert_same(fit(6, state=result.state).params, base.params)
+
+
 # ------------------------------------------------------------ continuing, warm starts
 
 
