@@ -492,7 +492,8 @@ def verdict(
             f"{_MIN_DRAWS} at the very least, better 1,000"
         )
     count = "some" if num_draws is None else f"{num_nonfinite} of {num_draws}"
-    if num_nonfinite > _MAX_NAN_FRACTION * (num_draws or num_nonfinite):
+    many = num_nonfinite > _MAX_NAN_FRACTION * (num_draws or num_nonfinite)
+    if many or (num_nonfinite and not math.isfinite(pareto_k)):
         return (
             f"do not trust: {count} weights are NaN or infinite; check that the energy "
             "and its gradient are finite over the reference's range, and lower the "

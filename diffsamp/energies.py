@@ -30,6 +30,20 @@ def as_key(key: Any) -> Key:
     )
 
 
+def as_points(name: str, draws: Any) -> Array:
+    """Points [N, D] as an array.
+
+    Raises:
+        ValueError: when there are none, they have another shape, or are not finite.
+    """
+    points = jnp.asarray(draws)
+    if points.ndim != 2 or points.shape[0] == 0:
+        raise ValueError(f"{name} must have shape [N, D], got {list(points.shape)}")
+    if not bool(jnp.all(jnp.isfinite(points))):
+        raise ValueError(f"{name} must be finite; remove NaN and infinite rows")
+    return points
+
+
 def as_energy(energy: Callable[..., Array]) -> Partial:
     """Wraps any callable so that it can be an argument of compiled code.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 from typing import Any
@@ -48,13 +49,15 @@ def evaluate(
             ``modes`` are taken to be those of ``target.energy`` under this condition.
         sinkhorn: whether to compute Sinkhorn divergences, which needs OTT
             (``pip install diffsamp[ot]``) and some seconds; by default where OTT is
-            installed. One that does not converge is NaN.
+            installed. The entropy is 0.05 times the target's total variance; one that
+            does not converge is NaN.
         batch_size: paths per compiled call.
 
     Returns:
         A dict with ``elbo``, ``log_z``, ``log_z_standard_error``, ``log_z_smoothed``
         (from Pareto-smoothed weights), ``ess`` (fraction), ``pareto_k``, ``verdict``,
-        counts; with reference draws also ``eubo``, ``log_z_forward``,
+        ``collapsed``, counts; with reference draws also ``missing_mass`` and its noise
+        ``coverage_tolerance``, ``eubo``, ``log_z_forward``,
         ``forward_ess``, ``w2``, ``sinkhorn``, ``mmd``,
         ``quantile_error`` (the largest, in standard deviations) and their floors,
         ``quantiles``; with known modes ``mode_weights``, ``mode_tv``; with a known
@@ -102,7 +105,11 @@ def evaluate(
         "num_energy_evaluations": report.num_energy_evaluations,
         "num_gradient_evaluations": report.num_gradient_evaluations,
         "num_network_evaluations": report.num_network_evaluations,
+        "collapsed": report.collapsed,
     }
+    if report.missing_mass is not None:
+        out["missing_mass"] = report.missing_mass
+        out["coverage_tolerance"] = report.coverage_tolerance
     if weighted:
         out["elbo"] = draws.log_evidence.lower
         out["log_z"] = draws.log_evidence.estimate
@@ -126,8 +133,9 @@ def evaluate(
         out["mode_weights"] = weights
         out["mode_tv"] = metrics.total_variation(weights, target.modes.weights)
         out["mode_tv_unweighted"] = metrics.total_variation(raw, target.modes.weights)
-        if exact is not None:
-            floor = metrics.mode_weights(exact[0], target.modes)
+        pool = np.concatenate(exact) if exact is not None else draws.x[:0]
+        if len(pool) >= num_draws:  # a floor of fewer points would be too high
+            floor = metrics.mode_weights(pool[:num_draws], target.modes)
             out["mode_tv_floor"] = metrics.total_variation(floor, target.modes.weights)
     if weighted and exact is not None:
         log_weight = drawing.log_weights_of(
@@ -175,7 +183,7 @@ def _exact_sets(key, target, num, reference_draws):
 
 def _distances(equal, raw, exact, sinkhorn):
     """Distances of resampled and raw draws from one exact set, beside their floors."""
-    num = min(2_000, len(equal), len(exact[0]))
+    num, epsilon = min(2_000, len(equal), len(exact[0])), None
     a, b = (e[:num] for e in exact)
     functions = {
         "w2": metrics.wasserstein2,
@@ -183,9 +191,10 @@ def _distances(equal, raw, exact, sinkhorn):
         "quantile_error": metrics.quantile_error,
     }
     if sinkhorn:
-        functions["sinkhorn"] = _converged_sinkhorn
+        epsilon = 0.05 * float(np.sum(np.var(a, axis=0)))  # one for all three
+        functions["sinkhorn"] = functools.partial(_converged_sinkhorn, epsilon=epsilon)
         functions[f"sinkhorn_scds_n{num}"] = metrics.sinkhorn_scds
-    out = {}
+    out: dict[str, Any] = {"sinkhorn_epsilon": epsilon} if sinkhorn else {}
     for name, function in functions.items():
         found = metrics.with_floor(function, equal[:num], a, b)
         out[name], out[f"{name}_floor"] = found.value, found.floor
@@ -202,6 +211,8 @@ def _log_mean(log_weight):
         return float(logsumexp(log_weight) - np.log(len(log_weight)))
 
 
-def _converged_sinkhorn(x, y):
-    result = metrics.sinkhorn_divergence(x, y, require_convergence=False)
+def _converged_sinkhorn(x, y, epsilon):
+    result = metrics.sinkhorn_divergence(
+        x, y, epsilon=epsilon, require_convergence=False
+    )
     return result.value if result.converged else float("nan")

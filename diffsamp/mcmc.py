@@ -30,6 +30,10 @@ if TYPE_CHECKING:
 _NO_DENSITY = -1e30
 
 
+MIN_DISTINCT = 0.1
+"""Share of an SMC run's particles that must be distinct for it to be of use."""
+
+
 class SMCResult(NamedTuple):
     """What tempered SMC returns.
 
@@ -57,6 +61,21 @@ class SMCResult(NamedTuple):
     acceptance: Array
     beta: Array
     reached_target: Array
+
+
+def num_distinct(result: SMCResult) -> Array:
+    """How many of the particles are distinct, [] int.
+
+    A run whose moves are rejected reaches the target with a few points, many times.
+    """
+    x = result.particles[jnp.lexsort(result.particles.T)]
+    return 1 + jnp.sum(jnp.any(x[1:] != x[:-1], axis=1))
+
+
+def usable(result: SMCResult) -> Array:
+    """Whether a run reached the target with particles that differ, [] bool."""
+    enough = num_distinct(result) >= MIN_DISTINCT * result.particles.shape[0]
+    return result.reached_target & enough
 
 
 class HMCInfo(NamedTuple):

@@ -36,15 +36,29 @@ def overview(
         bars: mode weights by method, name to [M].
         labels: names of the two coordinates.
 
+    Returns:
+        A Matplotlib figure, to be saved by ``figure.savefig(path)``.
+
     Raises:
         ImportError: without matplotlib.
+
+    Example:
+        >>> import matplotlib, jax, diffsamp as ds
+        >>> matplotlib.use("Agg")
+        >>> target = ds.targets.gmm9()
+        >>> sampler = ds.samplers.dis(dim=2, num_steps=4, scale=4.0)
+        >>> params = sampler.init(jax.random.key(0))
+        >>> draws = ds.draw(jax.random.key(1), sampler, params, target.energy, 100)
+        >>> figure = ds.plotting.overview(draws, log_z=target.log_z)
+        >>> [axis.get_title() for axis in figure.axes]
+        ['draws', 'log weights', 'training']
     """
     try:
         import matplotlib.pyplot as plt
     except ImportError as error:
         raise ImportError(
             "plotting needs matplotlib: pip install diffsamp[plots]"
-        ) from (error)
+        ) from error
     points = dict(points or {})
     figure, axes = plt.subplots(
         1, 3 + bool(bars), figsize=(4.2 * (3 + bool(bars)), 3.8), layout="constrained"
@@ -64,9 +78,10 @@ def overview(
 def _scatter(axis: Axes, draws: Draws, x, y, points: Mapping[str, np.ndarray]) -> None:
     size = np.full(len(x), 4.0)
     if draws.log_weight is not None:
-        log_weight = np.nan_to_num(draws.log_weight, nan=-np.inf)
-        weight = np.exp(log_weight - log_weight.max())
-        size = np.clip(4.0 * weight / weight.mean(), 0.2, 60.0)
+        finite = np.where(np.isfinite(draws.log_weight), draws.log_weight, -np.inf)
+        if finite.max() > -np.inf:
+            weight = np.exp(finite - finite.max())
+            size = np.clip(4.0 * weight / weight.mean(), 0.2, 60.0)
     for name, other in points.items():
         axis.scatter(other[:, 0], other[:, 1], s=3, color="0.6", label=name)
     axis.scatter(x, y, s=size, alpha=0.4, label="draws (area = weight)")
@@ -77,13 +92,16 @@ def _scatter(axis: Axes, draws: Draws, x, y, points: Mapping[str, np.ndarray]) -
 def _weights(axis: Axes, draws: Draws, log_z: float | None) -> None:
     if draws.log_weight is not None:
         finite = draws.log_weight[np.isfinite(draws.log_weight)]
-        low, high = np.quantile(finite, [0.002, 1.0]) if finite.size else (0.0, 1.0)
-        axis.hist(finite, bins=60, range=(low, high + 1e-6), density=True)
-    axis.axvline(draws.log_evidence.estimate, color="C1", label="log Z estimate")
+        if finite.size:
+            low, high = np.quantile(finite, [0.002, 1.0])
+            axis.hist(finite, bins=60, range=(low, high + 1e-6), density=True)
+    if np.isfinite(draws.log_evidence.estimate):
+        axis.axvline(draws.log_evidence.estimate, color="C1", label="log Z estimate")
     if log_z is not None:
         axis.axvline(log_z, color="k", linestyle=":", label="log Z true")
     axis.set(title="log weights", xlabel="log weight")
-    axis.legend(fontsize=7)
+    if axis.get_legend_handles_labels()[0]:
+        axis.legend(fontsize=7)
 
 
 def _training(axis: Axes, curve: Any, log_z: float | None) -> None:
@@ -93,8 +111,13 @@ def _training(axis: Axes, curve: Any, log_z: float | None) -> None:
     elbo = curve["elbo"]
     window = max(1, len(elbo) // 200)
     count = len(elbo) // window
-    mean = np.nanmean(elbo[: count * window].reshape(count, window), axis=1)
-    axis.plot(window * np.arange(1, count + 1), mean)
+    pieces = elbo[: count * window].reshape(count, window)
+    known = np.isfinite(pieces).any(axis=1)  # not where no row was on-policy
+    if not known.any():
+        axis.text(0.5, 0.5, "no on-policy paths", ha="center", transform=axis.transAxes)
+        return
+    mean = np.nanmean(np.where(np.isfinite(pieces), pieces, np.nan)[known], axis=1)
+    axis.plot((window * np.arange(1, count + 1))[known], mean)
     if log_z is not None:
         axis.axhline(log_z, color="k", linestyle=":", label="log Z true")
         axis.legend(fontsize=7)

@@ -218,8 +218,8 @@ def _from_smc(result: mcmc.SMCResult, name: str) -> Probe:
             "num_particles or num_mcmc_steps, or give a wider reference"
         )
     num_particles = len(result.particles)
-    distinct = len(np.unique(np.asarray(result.particles), axis=0))
-    if distinct < num_particles / 10:
+    distinct = int(mcmc.num_distinct(result))
+    if distinct < mcmc.MIN_DISTINCT * num_particles:
         raise ValueError(
             f"{name} left only {distinct} distinct points of {num_particles}: its "
             "moves were rejected; raise num_mcmc_steps, or give a loc and a scale "

@@ -149,8 +149,8 @@ class Sampler:
 
     Raises:
         ValueError: when dim or num_steps is below 1, loc or scale has another length
-            than dim or is not finite, scale is not positive, or finest is below 2 or
-            not a multiple of num_steps.
+            than dim or is not finite, scale is not positive, a network is no control,
+            or finest is below 2 or not a multiple of num_steps.
     """
 
     dim: int
@@ -183,6 +183,14 @@ class Sampler:
         for name in ("loc", "scale"):
             if not np.all(np.isfinite(getattr(self, name))):
                 raise ValueError(f"{name} must be finite, got {getattr(self, name)}")
+        for name in ("generation", "destruction"):
+            control = getattr(self, name)
+            if control is not None and not hasattr(control, "init"):
+                raise ValueError(
+                    f"the network of {name} must be a control with `init`, got "
+                    f"{control!r}; make one of a function by "
+                    "networks.from_function(init_fn, drift_fn)"
+                )
         if self.finest is not None and self.finest < 2:
             raise ValueError(f"finest must be at least 2 or None, got {self.finest}")
         if self.finest is not None and self.finest % self.num_steps:

@@ -141,6 +141,12 @@ def short_mcmc(
         )
         draws = jnp.reshape(draws, (-1, target.dim))
         usable = np.all(np.isfinite(np.asarray(draws)), axis=1)
+        if usable.sum() < 2:
+            raise ValueError(
+                f"none of the pilot's {num_chains} chains has finite draws: the energy "
+                "or its gradient is not finite where they start (draws of the prior, "
+                "or normal ones of standard deviation 2 * target.scale)"
+            )
         return draws[usable], int(info.num_gradient_evaluations)
 
     return pilot

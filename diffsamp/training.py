@@ -88,7 +88,8 @@ class FitResult(NamedTuple):
             NaN without any), grad_norm, skipped, num_nonfinite, variance_alarm (the
             share of steps whose kernels' variances differ more than 100-fold) and what
             the objective adds.
-        num_energy_evaluations: energies evaluated alone, pilots included.
+        num_energy_evaluations: energies evaluated alone, pilots included; these three
+            counts are of this call, and of all calls that a checkpoint holds.
         num_gradient_evaluations: energies evaluated with their gradient.
         num_network_evaluations: control evaluations in simulating and scoring, and
             those of objectives and behaviours of their own.
@@ -373,6 +374,8 @@ def fit(
             of ``params`` and ``state``, with ``num_updates`` counted from that run's
             own start. A resumed run budgeted by
             ``num_updates`` ends bit-identical to an uninterrupted one on the same CPU.
+            The energy at sixteen points, by which the file is told from those of other
+            energies, is not counted.
         checkpoint_seconds: least time between two writes.
         callback: called as ``callback(count, metrics)`` after each chunk with that
             chunk's metrics; a true return value stops training.
@@ -412,7 +415,8 @@ def fit(
     _check_parts(sampler, objective, behaviour, batch_size)
     conditions = _as_conditions(conditions, sampler, paths_per_condition, batch_size)
     _check_energy(sampler, energy, conditions)
-    _check_budget(num_updates, max_seconds, updates_per_chunk, checkpoint)
+    limits = num_updates, max_seconds, max_energy_evaluations
+    _check_budget(*limits, updates_per_chunk, checkpoint)
     if num_updates is None and max_seconds is None and max_energy_evaluations is None:
         num_updates = 5_000
     recipe = Recipe(
@@ -547,8 +551,8 @@ def fit(
 def param_labels(params: Params) -> Params:
     """Labels every trainable parameter with its group, for `optax.multi_transform`.
 
-    Groups are "generation", "destruction" and whatever an objective names its own
-    parameters ("log_z", "flow", ...).
+    Groups are "generation", "destruction", "backbone" where there is one, and whatever
+    an objective names its own parameters ("log_z", "flow", ...).
 
     Args:
         params: ``{"sampler": ..., "objective": ...}``.
@@ -946,9 +950,15 @@ def _check_energy(sampler, energy, conditions) -> None:
     sampler.check_energy(energy, condition)
 
 
-def _check_budget(num_updates, max_seconds, updates_per_chunk, checkpoint) -> None:
+def _check_budget(
+    num_updates, max_seconds, max_energies, updates_per_chunk, checkpoint
+) -> None:
     if num_updates is not None and num_updates < 0:
         raise ValueError(f"num_updates must not be negative, got {num_updates}")
+    if max_energies is not None and max_energies < 1:
+        raise ValueError(
+            f"max_energy_evaluations must be at least 1, got {max_energies}"
+        )
     if max_seconds is not None and not max_seconds > 0:
         raise ValueError(f"max_seconds must be positive, got {max_seconds}")
     if updates_per_chunk is not None and updates_per_chunk < 1:

@@ -197,12 +197,22 @@ def parse():
     parser.add_argument("--seconds", type=float, default=65.0, help="of updates")
     parser.add_argument("--num-draws", type=int, default=20_000)
     parser.add_argument("--num-particles", type=int, default=2_048)
-    return parser.parse_args()
+    args = parser.parse_args()
+    for name in ("num_steps", "seconds", "num_draws", "num_particles"):
+        if not getattr(args, name) > 0:
+            option = "--" + name.replace("_", "-")
+            parser.error(f"{option} must be positive, got {getattr(args, name)}")
+    return args
 
 
 def main():
     begin, args = time.perf_counter(), parse()
     target, posterior = find_target(args.target)
+    # Whatever forbids writing the result shows now, not after training.
+    args.out.mkdir(parents=True, exist_ok=True)
+    file = args.out / "sampler.diffsamp"
+    if file.exists():
+        ds.load(file)
     keys = jax.random.split(jax.random.key(args.seed), 6)
     print(f"target {target.name}, dimension {target.dim}", flush=True)
     print("NUTS, 4 chains ...", flush=True)
@@ -211,6 +221,7 @@ def main():
     particles = run_smc(keys[1], target, args.num_particles)
     probe = run_smc(keys[2], target, args.num_particles)
     sampler, warm, fit = train(keys[3], target, particles, args)
+    ds.save(file, sampler, fit.params)
     draws = ds.draw(
         keys[4], sampler, fit.params, target.energy, args.num_draws, probe=probe
     )
@@ -237,12 +248,11 @@ def main():
         f"{nuts['seconds']:.0f} s, max R-hat {nuts['max_rhat']:.2f}, "
         f"{nuts['divergences']} divergences, no log Z"
     )
-    save(args, target, sampler, fit, draws, nuts, bars, cost, begin)
+    save(args, target, fit, draws, nuts, bars, cost, begin)
 
 
-def save(args, target, sampler, fit, draws, nuts, bars, cost, begin):
-    """Figure, numbers and the trained sampler."""
-    args.out.mkdir(parents=True, exist_ok=True)
+def save(args, target, fit, draws, nuts, bars, cost, begin):
+    """Figure and numbers."""
     figure = ds.plotting.overview(
         draws,
         fit.metrics,
@@ -253,7 +263,6 @@ def save(args, target, sampler, fit, draws, nuts, bars, cost, begin):
         bars=bars,
     )
     figure.savefig(args.out / "quickstart.png", dpi=150)
-    ds.save(args.out / "sampler.diffsamp", sampler, fit.params)
     evidence, report = draws.log_evidence, draws.diagnostics
     seconds = time.perf_counter() - begin
     numbers = {

@@ -618,6 +618,18 @@ def test_smc_that_does_not_arrive_is_no_seed():
         behaviour.init(jax.random.key(0), SAMPLER, PARAMS, nowhere)
 
 
+def test_smc_that_only_copied_points_is_no_seed(monkeypatch):
+    zero = jnp.zeros((), jnp.int32)
+    x = jnp.repeat(jnp.arange(4.0), 64)[:, None] + jnp.zeros((1, 2))
+    stuck = mcmc.SMCResult(
+        x, jnp.zeros(256), zero, zero, zero, zero, zero, zero, jnp.asarray(True)
+    )
+    monkeypatch.setattr(mcmc, "smc_from_gaussian", lambda *_, **__: stuck)
+    behaviour = ds.behaviours.smc_seeded(256)
+    with pytest.raises(ValueError, match="only 4 distinct points of 256"):
+        behaviour.init(jax.random.key(0), SAMPLER, PARAMS, two_modes)
+
+
 WEIGHTS = jnp.array([0.7, 0.3])
 MODES = jnp.array([[-4.0, 2.0], [3.0, -3.0]])
 
@@ -725,7 +737,9 @@ def test_runs_of_smc_are_pooled_by_their_share_of_z(monkeypatch):
     third = {0.0: 0.25, 1.0: 0.5, 2.0: 0.25}
     assert share(state) == pytest.approx(third, abs=0.05)
     kept = again(state)  # the fourth run does not reach the target
-    jax.tree.map(np.testing.assert_array_equal, kept, state)
+    np.testing.assert_array_equal(kept.x, state.x)
+    np.testing.assert_array_equal(kept.log_weight, state.log_weight)
+    assert behaviour.metrics(kept) == {"num_failed_smc": 1}
 
 
 @pytest.mark.slow

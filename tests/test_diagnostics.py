@@ -336,6 +336,10 @@ GOOD = CoverageCheck(0.01, 0.06, 0.05, 0.0)
         ({"pareto_k": 0.7}, "do not trust: Pareto k-hat is 0.70"),
         ({"pareto_k": 0.7, "coverage": GOOD}, "do not trust: Pareto k-hat is 0.70"),
         ({"pareto_k": np.inf}, "do not trust: Pareto k-hat cannot be estimated"),
+        (
+            {"pareto_k": np.inf, "num_draws": 1_000, "num_nonfinite": 1},
+            "do not trust: 1 of 1000 weights are NaN or infinite; check that the energ",
+        ),
         ({"pareto_k": np.nan}, "do not trust: Pareto k-hat cannot be estimated"),
         ({"pareto_k": np.inf, "num_draws": 20}, "do not trust: too few draws (20)"),
         (

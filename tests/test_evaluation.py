@@ -34,6 +34,7 @@ ALWAYS = {
     "num_energy_evaluations",
     "num_gradient_evaluations",
     "num_network_evaluations",
+    "collapsed",
     "mean",
     "sd",
 }
@@ -44,6 +45,8 @@ DISTANCES = {
     for suffix in ("", "_floor", "_unweighted")
 }
 WITH_DRAWS = DISTANCES | {
+    "missing_mass",
+    "coverage_tolerance",
     "eubo",
     "log_z_forward",
     "log_z_forward_standard_error",
@@ -150,6 +153,7 @@ def test_reference_draws_stand_in_for_a_sampler():
     report = evaluate(plain, reference_draws=draws)
     assert set(report) == ALWAYS | WITH_DRAWS
     assert report["elbo"] < LOG_Z < report["eubo"]
+    assert not report["collapsed"]
     # Half of them each; 600 points have a floor of their own.
     assert 0.5 * report["w2_floor"] < report["w2"] < 2 * report["w2_floor"]
 
@@ -170,11 +174,40 @@ def test_mode_weights():
     assert 0 < report["mode_tv_floor"] < 0.1
 
 
+def test_a_floor_is_of_as_many_points():
+    target = ds.targets.gmm9()
+    sampler = ds.samplers.dis(2, 4, scale=4.0, network=CONTROL)
+    for num_reference, known in ((599, False), (600, True)):
+        draws = target.sample(jax.random.key(0), num_reference)
+        report = evaluate(target, sampler, reference_draws=draws)
+        assert ("mode_tv_floor" in report) == known
+
+
+def test_sinkhorn_and_its_floor_have_one_entropy(monkeypatch):
+    seen, solve = [], ds.metrics.sinkhorn_divergence
+
+    def spy(x, y, **options):
+        seen.append(options["epsilon"])
+        return solve(x, y, **options)
+
+    monkeypatch.setattr(ds.metrics, "sinkhorn_divergence", spy)
+    target = ds.targets.gmm9()
+    lost = ds.samplers.dis(2, 4, loc=5.0, scale=0.55, network=CONTROL)
+    report = evaluate(target, lost, num_draws=64, sinkhorn=True)
+    assert len(seen) == 3
+    assert set(seen) == {report["sinkhorn_epsilon"]}
+    exact = 0.05 * 2 * (2 * 25 / 3 + 0.3)  # nine modes at -5, 0 and 5, variance 0.3
+    assert report["sinkhorn_epsilon"] == pytest.approx(exact, rel=0.3)
+    assert report["sinkhorn"] > 10 * report["sinkhorn_floor"]
+
+
 def test_a_lost_mode_shows():
     target = ds.targets.gmm9()
     sampler = ds.samplers.dis(2, 4, loc=5.0, scale=0.55, network=CONTROL)
     report = evaluate(target, sampler, num_draws=200)
     assert report["verdict"].startswith("do not trust")
+    assert report["collapsed"]
+    assert report["missing_mass"] > 0.8 > report["coverage_tolerance"]
     assert report["mode_tv"] == pytest.approx(8 / 9, abs=0.01)
     assert report["log_z_error"] == pytest.approx(-np.log(9), abs=0.1)
     assert report["eubo_gap"] > 5

@@ -65,6 +65,10 @@ def test_options_of_the_quickstart(quickstart, arguments):
     assert (args.target, args.num_steps, args.seed) == ("gmm9", 8, 3)
     assert (args.objective, args.seconds) == ("forward_kl", 4.5)
     assert args.out == pathlib.Path("here")
+    for option in ("--num-steps", "--seconds", "--num-draws", "--num-particles"):
+        arguments(option, 0)
+        with pytest.raises(SystemExit):
+            quickstart.parse()
     arguments("--objective", "elbow")
     with pytest.raises(SystemExit):
         quickstart.parse()
@@ -246,6 +250,16 @@ def test_digits_without_scikit_learn(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     with pytest.raises(SystemExit, match=r"pip install 'diffsamp\[experiments\]'"):
         _script("amortised").load_digits(0)
+
+
+def test_a_foreign_file_in_the_way_shows_before_the_work(
+    quickstart, tmp_path, arguments, monkeypatch
+):
+    monkeypatch.setattr(quickstart, "run_nuts", lambda *_: pytest.fail("too late"))
+    (tmp_path / "sampler.diffsamp").write_text("mine")
+    arguments("--target", "gmm9", "--out", tmp_path)
+    with pytest.raises(ds.CheckpointError, match="not a diffsamp file"):
+        quickstart.main()
 
 
 @pytest.mark.slow

@@ -797,15 +797,17 @@ def test_weighted_sum_weighs_and_schedules_on_one_batch():
         (objectives.log_variance(), 0.5),
         (objectives.trajectory_balance(), fading),
         (objectives.log_variance(), -2.0),
+        (objectives.trajectory_balance(huber=1.0), 0.0),
     )
-    params = {"sampler": {}, "objective": {"0": {}, "1": BALANCE["own"], "2": {}}}
-    state = ((), BALANCE["state"], ())
+    own = {"0": {}, "1": BALANCE["own"], "2": {}, "3": BALANCE["own"]}
+    params = {"sampler": {}, "objective": own}
+    state = ((), BALANCE["state"], (), BALANCE["state"])
     for count, factor in ((0, 1.0), (4, 0.6), (10, 0.0), (20, 0.0)):
         batch = batch_of([1.0, 3.0, 5.0], count=jnp.asarray(count))
         value, metrics = total.loss(params, state, batch)
         assert float(value) == pytest.approx(-1.5 * 4.0 + factor * 8 / 6, abs=1e-5)
         assert float(metrics["loss_0"]) == float(metrics["loss_2"]) == 4.0
-        assert float(metrics["log_z"]) == 3.0
+        assert float(metrics["log_z"]) == float(metrics["log_z_3"]) == 3.0
     assert total.update(params, state, batch) == state
 
 

@@ -410,6 +410,16 @@ def test_bad_construction_is_named(name, bad, match):
         SAMPLERS[name](**bad)
 
 
+def test_a_bare_function_is_no_network():
+    def drift(params, x, t, context):
+        return x
+
+    with pytest.raises(ValueError, match=r"of generation .*networks\.from_function"):
+        ds.samplers.dis(2, 4, network=drift)
+    with pytest.raises(ValueError, match="network of destruction must be a control"):
+        ds.samplers.dis(2, 4, destruction_network=drift)
+
+
 def test_bad_step_count_is_named():
     with pytest.raises(ValueError, match="num_steps must be at least 1"):
         SAMPLERS["dis"]().with_num_steps(0)

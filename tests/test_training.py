@@ -606,6 +606,7 @@ def test_bad_energies_are_named(words, energy):
         ("at least 2, got 0", {"batch_size": 0}),
         ("num_updates", {"num_updates": -1}),
         ("max_seconds", {"max_seconds": -1.0}),
+        ("at least 1, got 0", {"max_energy_evaluations": 0}),
         ("max_seconds", {"max_seconds": float("nan")}),
         ("updates_per_chunk", {"updates_per_chunk": 0}),
         ("folder", {"checkpoint": "/nowhere/at/all/run.ds"}),

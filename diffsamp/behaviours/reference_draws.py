@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 
 from diffsamp.behaviours.common import FREE, keep_state, num_rows, proposal, trace_back
+from diffsamp.energies import as_points
 from diffsamp.types import Array, Behaviour, Provides
 
 
@@ -24,11 +24,7 @@ def reference_draws(draws: Array) -> Behaviour:
         >>> ds.behaviours.reference_draws(draws).provides.target_draws
         True
     """
-    points = jnp.asarray(draws)
-    if points.ndim != 2 or points.shape[0] == 0:
-        raise ValueError(f"draws must have shape [N, D], got {list(points.shape)}")
-    if not bool(jnp.all(jnp.isfinite(points))):
-        raise ValueError("draws must be finite; remove NaN and infinite rows")
+    points = as_points("draws", draws)
 
     def init(key, sampler, params, energy):
         del key, params, energy

@@ -21,8 +21,8 @@ def replay(
 
     The buffer takes in every simulated row of the batch, with its energy, its score
     where the sampler's networks are shown scores, and its log-weight; rows with a
-    number that is not finite are refused. Until it holds anything, rows are simulated
-    on-policy.
+    number that is not finite are refused and counted (metric ``num_rejected``). Until
+    it holds anything, rows are simulated on-policy.
 
     Args:
         capacity: points kept, oldest out first; at least the batch size.
@@ -59,4 +59,7 @@ def replay(
         del key, sampler, params, energy, count
         return store(buffer, trajectories, proposal), FREE
 
-    return Behaviour(init, propose, update, Provides())
+    def metrics(buffer):
+        return {"num_rejected": buffer.num_rejected}
+
+    return Behaviour(init, propose, update, Provides(), metrics)

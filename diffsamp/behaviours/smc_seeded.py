@@ -40,10 +40,12 @@ class SMCSeededState(NamedTuple):
     Attributes:
         x: particles, [R N, D]; zero where a run is yet to come.
         log_weight: log of their run's estimate of Z, [R N]; minus infinity there.
+        num_failed: later runs that were of no use, [].
     """
 
     x: Array
     log_weight: Array
+    num_failed: Array
 
 
 @functools.cache
@@ -73,8 +75,9 @@ def smc_seeded(
     Raises:
         ValueError: when a number is out of range, ``prior`` has no prior, or several
             runs are kept without ``every``; at the start of training when SMC did not
-            reach the target. A later run that does not reach it leaves the particles as
-            they are.
+            reach the target, or only with copies of a few points. A later run of this
+            kind leaves the particles as they are and is counted (metric
+            ``num_failed_smc``).
 
     Example:
         >>> import diffsamp as ds
@@ -113,7 +116,8 @@ def smc_seeded(
             result = mcmc.smc_from_prior(
                 key, prior, num_particles=num_particles, num_mcmc_steps=num_mcmc_steps
             )
-        state = SMCSeededState(result.particles, result.log_weight)
+        none = jnp.zeros((), jnp.int32)
+        state = SMCSeededState(result.particles, result.log_weight, none)
         cost = Cost(result.num_energy_evaluations, result.num_gradient_evaluations)
         return state, cost, result
 
@@ -128,8 +132,15 @@ def smc_seeded(
                 "target; raise num_particles or num_mcmc_steps, or set the sampler's "
                 "loc and scale to the target's (ds.standardise finds them)"
             )
+        if not traced and not bool(mcmc.usable(result)):
+            raise ValueError(
+                f"tempered SMC left only {int(mcmc.num_distinct(result))} distinct "
+                f"points of {num_particles}: its moves were rejected; raise "
+                "num_mcmc_steps, or set the sampler's loc and scale to the target's "
+                "(ds.standardise finds them)"
+            )
         rest = (num_runs - 1) * num_particles
-        state = SMCSeededState(
+        state = state._replace(
             x=jnp.pad(state.x, ((0, rest), (0, 0))),
             log_weight=jnp.pad(state.log_weight, (0, rest), constant_values=-jnp.inf),
         )
@@ -157,15 +168,22 @@ def smc_seeded(
 
         def again():
             new, cost, result = run(key, sampler, energy)
-            new = jax.tree.map(
-                lambda a, b: jnp.concatenate([a, b[: len(b) - num_particles]]),
-                new,
-                state,
+            keep = mcmc.usable(result)  # otherwise these are not target draws
+
+            def joined(new, old):
+                new = jnp.concatenate([new, old[: len(old) - num_particles]])
+                return jnp.where(keep, new, old)
+
+            new = SMCSeededState(
+                x=joined(new.x, state.x),
+                log_weight=joined(new.log_weight, state.log_weight),
+                num_failed=state.num_failed + jnp.asarray(~keep, jnp.int32),
             )
-            keep = result.reached_target  # otherwise these are not target draws
-            new = jax.tree.map(lambda a, b: jnp.where(keep, a, b), new, state)
             return new, counted(cost)
 
         return jax.lax.cond((count + 1) % every == 0, again, lambda: (state, none))
 
-    return Behaviour(init, propose, update, Provides(target_draws=True))
+    def metrics(state):
+        return {"num_failed_smc": state.num_failed} if every else {}
+
+    return Behaviour(init, propose, update, Provides(target_draws=True), metrics)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from diffsamp.energies import as_points
 from diffsamp.objectives.common import (
     finite_rows,
     keep_state,
@@ -44,11 +45,7 @@ def forward_kl(draws: Array | None = None) -> Objective:
     """
     if draws is None:
         return _on_behaviour
-    points = jnp.asarray(draws)
-    if points.ndim != 2 or points.shape[0] == 0:
-        raise ValueError(f"draws must have shape [N, D], got {list(points.shape)}")
-    if not bool(jnp.all(jnp.isfinite(points))):
-        raise ValueError("draws must be finite; remove NaN and infinite rows")
+    points = as_points("draws", draws)
 
     def init(key, sampler, params, energy, pilot):
         del key, params, energy, pilot

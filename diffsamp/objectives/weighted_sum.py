@@ -18,6 +18,9 @@ Weight = float | Callable
 def weighted_sum(*members: tuple[Objective, Weight]) -> Objective:
     """Sum of objectives, each times a constant or a schedule of the update count.
 
+    Metrics of the members keep their names; where two of them share one, that of the
+    later member gets its number: ``log_z_1``.
+
     Args:
         *members: pairs ``(objective, weight)``; a weight is a number or an Optax
             schedule ``count -> number``.
@@ -81,7 +84,9 @@ def _weighted_sum(*members: tuple[Objective, Weight]) -> Objective:
             factor = weight(batch.count) if callable(weight) else weight
             total = total + jnp.asarray(factor, total.dtype) * value
             costs += [extra.pop("cost")] if "cost" in extra else []
-            metrics.update({f"loss_{i}": value, **extra})
+            metrics[f"loss_{i}"] = value
+            for name, number in extra.items():
+                metrics[f"{name}_{i}" if name in metrics else name] = number
         if costs:
             metrics["cost"] = total_cost(costs)
         return total, metrics
