@@ -8,6 +8,9 @@
   both names, or its file is listed in `RELAXED`.
 * float32 is the default; the fixture `x64` turns on float64 within one test.
 * Progress bars are off (``CI`` is set) and no compilation cache is used.
+* The fast tests mostly wait for XLA's compiler. By themselves they run without most of
+  its optimisations, a quarter faster; together with the slow ones, every night, all
+  run as compiled for users.
 
 Doctests of the package are outside this folder: they run as a user's session would.
 """
@@ -41,6 +44,11 @@ RELAXED = {
     "test_objectives.py": {"dtypes"},
     "test_training.py": {"dtypes"},
 }
+
+
+def pytest_configure(config):
+    if config.option.markexpr == "not slow":
+        jax.config.update("jax_disable_most_optimizations", True)
 
 
 def _relaxed(item) -> set[str]:

@@ -608,13 +608,14 @@ def _bytes(path):
 
 
 @pytest.mark.timeout(600)
-def test_killed_runs_end_with_the_same_bits(tmp_path):
+@pytest.mark.parametrize("lives", [1, pytest.param(3, marks=pytest.mark.slow)])
+def test_killed_runs_end_with_the_same_bits(tmp_path, lives):
     (tmp_path / "train.py").write_text(SCRIPT)
     _finish(_start(tmp_path, "whole"), tmp_path)
     path = tmp_path / "killed.run"
     chance = random.Random(0)
     sizes = []
-    for _ in range(3):
+    for _ in range(lives):
         before = _bytes(path)
         process = _start(tmp_path, "killed")
         while _bytes(path) == before and process.poll() is None:
@@ -624,7 +625,8 @@ def test_killed_runs_end_with_the_same_bits(tmp_path):
         assert process.wait() == -signal.SIGKILL  # it was still at work
         assert not (tmp_path / "killed.result").exists()
         sizes.append(len(_bytes(path)))
-    assert 0 < sizes[0] < sizes[1] < sizes[2]  # the metrics grow: each life got further
+    assert sizes[0] > 0
+    assert np.all(np.diff(sizes) > 0)  # the metrics grow: each life got further
     _finish(_start(tmp_path, "killed"), tmp_path)
     assert _bytes(tmp_path / "killed.result") == _bytes(tmp_path / "whole.result")
     # Buffer, particles, log Z and metrics as well.
