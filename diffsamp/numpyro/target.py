@@ -83,6 +83,8 @@ class ModelTarget(Target):
             True
         """
         data, structure = _split_data(model_args, model_kwargs)
+        if not self.energy.args[1]:  # no data, or all of it constant
+            data, structure = (), _all_static(model_args, model_kwargs)
         if structure != self._program.structure:
             raise ValueError(
                 "model_args and model_kwargs must have the structure and the static "
@@ -127,7 +129,9 @@ def target_from_model(
 
     Floating-point leaves and arrays among the arguments are data: they ride in the
     target's callables as array leaves. Integers, booleans, strings and other objects
-    are static, as they usually decide shapes.
+    are static, as they usually decide shapes. A model that cannot be traced with its
+    data as arguments, for it computes with their values in Python or NumPy, gets them
+    as constants: all of them are static then, and new data compile anew.
 
     The prior is the product of the latent sites, the log-determinants of their
     transforms included; the likelihood is everything observed. ``numpyro.factor`` sites
@@ -173,7 +177,13 @@ def target_from_model(
     key = jax.random.key(0) if key is None else key
     model_kwargs = {} if model_kwargs is None else dict(model_kwargs)
     model_args = tuple(model_args)
-    info, start = _initialize(key, model, init_strategy, model_args, model_kwargs)
+    data, structure = _split_data(model_args, model_kwargs)
+    found = functools.partial(_initialize, key, model, init_strategy)
+    try:
+        info, start = found(data, structure)
+    except _NEEDS_VALUES:
+        data, structure = (), _all_static(model_args, model_kwargs)
+        info, start = found(data, structure)
     name = str(getattr(model, "__name__", "model")) if name is None else name
     if not start:
         raise RuntimeError(
@@ -203,7 +213,6 @@ def target_from_model(
         for message in latent.values()
     )
 
-    data, structure = _split_data(model_args, model_kwargs)
     program = _Program(
         model=handlers.substitute(model, data=frozen) if frozen else model,
         potential_fn=info.potential_fn,
@@ -236,7 +245,7 @@ def target_from_model(
     )
 
 
-def _initialize(key, model, init_strategy, args, kwargs):
+def _initialize(key, model, init_strategy, data, structure):
     """NumPyro's ModelInfo and a valid initial point {site: unconstrained value}.
 
     One compiled program instead of hundreds of small ones: 1 s instead of 6 s for a
@@ -246,20 +255,19 @@ def _initialize(key, model, init_strategy, args, kwargs):
     The trace in the ModelInfo may hold tracers: use its names and types, not its
     values, unless the model has `param` or `mutable` sites.
     """
-    data, structure = _split_data(args, kwargs)
     kept = []
 
-    def run(key, data, compiled=True):
+    def run(key, data):
         # Compiled, data are arguments: a model that needs their values in Python
-        # fails here, with JAX's explanation, and not at the first energy.
-        args_, kwargs_ = _merge_data(data, structure) if compiled else (args, kwargs)
+        # fails here and not at the first energy.
+        args, kwargs = _merge_data(data, structure)
         info = initialize_model(
             key,
             model,
             init_strategy=init_strategy,
             dynamic_args=True,
-            model_args=args_,
-            model_kwargs=kwargs_,
+            model_args=args,
+            model_kwargs=kwargs,
         )
         kept.append(info)
         return info.param_info
@@ -268,7 +276,7 @@ def _initialize(key, model, init_strategy, args, kwargs):
     is_valid = all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(found))
     types = {message["type"] for message in kept[-1].model_trace.values()}
     if not is_valid or types & {"param", "mutable"}:
-        found = run(key, data, compiled=False)
+        found = run(key, data)
     return kept[-1], found.z
 
 
@@ -314,6 +322,39 @@ def _identity(model, frozen, unravel, structure) -> Hashable:
 
 
 _DATA_TYPES = (float, complex, np.floating, np.ndarray, jax.Array)
+_NEEDS_VALUES = (
+    jax.errors.ConcretizationTypeError,
+    jax.errors.TracerArrayConversionError,
+    jax.errors.TracerIntegerConversionError,
+    jax.errors.NonConcreteBooleanIndexError,
+)
+
+
+class _Constant:
+    """An array as a static value, compared by content."""
+
+    def __init__(self, array):
+        self.array = array
+        host = np.asarray(array)
+        self._content = (host.dtype.str, host.shape, host.tobytes())
+
+    def __eq__(self, other):
+        return isinstance(other, _Constant) and self._content == other._content
+
+    def __hash__(self):
+        return hash(self._content)
+
+    def __repr__(self):
+        return f"array of shape {list(np.shape(self.array))}"
+
+
+def _all_static(args: tuple, kwargs: dict) -> _Structure:
+    leaves, treedef = jax.tree.flatten((tuple(args), dict(kwargs)))
+    is_array = [isinstance(x, np.ndarray | jax.Array) for x in leaves]
+    constants = (
+        _Constant(x) if array else x for x, array in zip(leaves, is_array, strict=True)
+    )
+    return _Structure(treedef, tuple(enumerate(constants)))
 
 
 def _split_data(args: tuple, kwargs: dict) -> tuple[tuple, _Structure]:
@@ -338,6 +379,7 @@ def _merge_data(data: tuple, structure: _Structure) -> tuple[tuple, dict]:
     static, leaves = dict(structure.static), iter(data)
     size = len(data) + len(static)
     merged = [static[i] if i in static else next(leaves) for i in range(size)]
+    merged = [x.array if isinstance(x, _Constant) else x for x in merged]
     return jax.tree.unflatten(structure.treedef, merged)
 
 

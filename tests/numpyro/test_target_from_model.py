@@ -272,3 +272,23 @@ def test_errors_of_numpyro_pass_through():
         target_from_model(nan)
     with pytest.raises(RuntimeError, match="no continuous latent site"):
         target_from_model(observed)
+
+
+def test_a_model_that_needs_the_values_of_its_data():
+    """It computes with them in NumPy; they are constants of the program then."""
+
+    def model(y, num_lags):
+        slope = numpyro.sample("slope", dist.Normal(0.0, 1.0))
+        lags = np.stack([y[num_lags - k : len(y) - k] for k in range(1, num_lags + 1)])
+        numpyro.sample("obs", dist.Normal(slope * lags.sum(0), 1.0), obs=y[num_lags:])
+
+    y = np.array([0.5, -1.0, 2.0, 0.3])
+    target = target_from_model(model, model_kwargs={"y": y, "num_lags": 2})
+    x = 0.7
+    residual = y[2:] - x * (y[1:-1] + y[:-2])
+    expected = 0.5 * (residual @ residual + x**2) + 1.5 * np.log(2 * np.pi)
+    assert float(target.energy(jnp.array([x]))) == pytest.approx(expected, rel=1e-5)
+    again = target.with_data(y=y.copy(), num_lags=2)
+    assert again.energy.args == target.energy.args
+    with pytest.raises(ValueError, match="call target_from_model for a different"):
+        target.with_data(y=y + 1, num_lags=2)
