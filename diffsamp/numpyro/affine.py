@@ -1,0 +1,83 @@
+"""Affine coordinates in which a posterior is about a unit normal.
+
+With ``x = loc + L y`` and L lower triangular, the energy of y is
+
+    E_y(y) = E(loc + L y) - log |det L|,
+
+so that the integral of ``exp(-energy)``, the evidence, is the same in both. Unlike the
+reference's ``loc`` and ``scale`` it also takes correlations away.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jax.scipy.linalg import solve_triangular
+
+from diffsamp.types import Array, ArrayLike
+
+
+class Affine(NamedTuple):
+    """The map ``x = loc + matrix @ y``.
+
+    Attributes:
+        loc: [D].
+        matrix: lower triangular with a positive diagonal, [D, D].
+    """
+
+    loc: Array
+    matrix: Array
+
+    def forward(self, y: Array) -> Array:
+        """X of y, [D]."""
+        loc, matrix = self.loc.astype(y.dtype), self.matrix.astype(y.dtype)
+        return loc + jnp.matmul(matrix, y, precision="highest")
+
+    def inverse(self, x: Array) -> Array:
+        """Y of x, [D]."""
+        loc, matrix = self.loc.astype(x.dtype), self.matrix.astype(x.dtype)
+        return solve_triangular(matrix, x - loc, lower=True)
+
+    @property
+    def log_det(self) -> Array:
+        """Log |dx/dy|, []."""
+        return jnp.sum(jnp.log(jnp.diagonal(self.matrix)))
+
+
+def affine_from(draws: ArrayLike) -> Affine:
+    """Mean and Cholesky factor of the covariance of given draws.
+
+    The covariance is shrunk towards its diagonal by the share D^2 / (N^2 + D^2), so
+    that few draws give a factor as well, and many keep their correlations.
+
+    Args:
+        draws: points, [N, D].
+
+    Raises:
+        ValueError: when there are fewer than two, one is not finite, or a coordinate
+            has no spread.
+
+    Example:
+        >>> import numpy as np
+        >>> from diffsamp.numpyro import affine_from
+        >>> affine = affine_from(np.array([[0.0, 1.0], [2.0, 3.0], [4.0, 1.0]]))
+        >>> affine.loc.tolist()
+        [2.0, 1.6666666269302368]
+    """
+    points = np.asarray(draws, np.float64)
+    if points.ndim != 2 or len(points) < 2 or not np.all(np.isfinite(points)):
+        raise ValueError(
+            "draws must be at least two finite points [N, D], got shape "
+            f"{list(points.shape)}"
+        )
+    num, dim = points.shape
+    covariance = np.cov(points, rowvar=False).reshape(dim, dim)
+    if not np.all(np.diagonal(covariance) > 0):
+        flat = np.flatnonzero(np.diagonal(covariance) <= 0).tolist()
+        raise ValueError(f"draws have no spread in coordinates {flat}")
+    share = dim**2 / (num**2 + dim**2)
+    diagonal = np.diag(np.diagonal(covariance))
+    matrix = np.linalg.cholesky((1 - share) * covariance + share * diagonal)
+    return Affine(jnp.asarray(points.mean(axis=0), float), jnp.asarray(matrix, float))

@@ -1,0 +1,345 @@
+"""DiffusionKernel: exact for any sampler, in every way in which MCMC runs a kernel."""
+
+import functools
+import pickle
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import pytest
+from numpyro.infer import HMC, MCMC, NUTS
+from tables import mostly_slow
+
+import diffsamp as ds
+from diffsamp.numpyro import Affine, DiffusionKernel, target_from_model
+
+pytestmark = pytest.mark.relaxed("dtypes", "ranks")
+
+MEANS, SDS, WEIGHTS = (-1.0, 2.5), (0.5, 1.0), (0.3, 0.7)
+MEAN = WEIGHTS[0] * MEANS[0] + WEIGHTS[1] * MEANS[1]
+SECOND = sum(w * (m**2 + s**2) for w, m, s in zip(WEIGHTS, MEANS, SDS))
+
+
+def skewed(x):
+    """Two unequal modes in the first coordinate, a shifted normal in the second."""
+    first = jnp.stack(
+        [
+            jnp.log(w / s) - 0.5 * ((x[0] - m) / s) ** 2
+            for w, m, s in zip(WEIGHTS, MEANS, SDS)
+        ]
+    )
+    return -jax.nn.logsumexp(first) + 0.5 * ((x[1] - 1.0) / 0.7) ** 2
+
+
+def _perturbed(params, key, size=0.1):
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(key, len(leaves))
+    noisy = [
+        a + size * jax.random.normal(k, a.shape, a.dtype) for a, k in zip(leaves, keys)
+    ]
+    return jax.tree.unflatten(tree, noisy)
+
+
+@functools.cache
+def untrained(dim=2):
+    """A sampler of the wrong place and scale, with arbitrary networks."""
+    network = ds.networks.free(width=8, depth=1, learn_variance=True)
+    sampler = ds.samplers.dis(
+        dim, 3, loc=0.7, scale=2.0, network=network, learn_destruction=True
+    )
+    return sampler, _perturbed(sampler.init(jax.random.key(0)), jax.random.key(1))
+
+
+def model(y=None):
+    scale = numpyro.sample("scale", dist.HalfNormal(2.0))
+    loc = numpyro.sample("loc", dist.Normal(0.0, 3.0))
+    numpyro.deterministic("double", 2 * loc)
+    with numpyro.plate("data", 4):
+        numpyro.sample("y", dist.Normal(loc, scale), obs=y)
+
+
+DATA = jnp.array([0.3, 1.4, -0.2, 0.9])
+
+
+def run(kernel, num=200, *, seed=0, make_key=jax.random.key, num_warmup=0, **options):
+    mcmc = MCMC(
+        kernel,
+        num_warmup=num_warmup,
+        num_samples=num,
+        **({"progress_bar": False} | options),
+    )
+    return mcmc, functools.partial(mcmc.run, make_key(seed))
+
+
+def standard_error(chains):
+    """Of the mean, by batch means, for chains [C, N]."""
+    means = chains.reshape(-1, 50, chains.shape[1] // 50).mean(axis=2).ravel()
+    return means.std(ddof=1) / np.sqrt(means.size)
+
+
+def check_moments(x):
+    """Means and mean square of chains [C, N, 2] within four standard errors."""
+    for values, truth in (
+        (x[..., 0], MEAN),
+        (x[..., 0] ** 2, SECOND),
+        (x[..., 1], 1.0),
+        (x[..., 1] ** 2, 1.49),
+    ):
+        error = standard_error(values)
+        assert error < 0.15
+        assert abs(values.mean() - truth) < 4 * error, (values.mean(), truth, error)
+
+
+@pytest.mark.parametrize("num_proposals", mostly_slow([1, 8], 1))
+def test_an_untrained_sampler_is_corrected(num_proposals):
+    kernel = DiffusionKernel(
+        *untrained(), potential_fn=skewed, num_proposals=num_proposals
+    )
+    mcmc, go = run(kernel, 20_000, num_chains=4, chain_method="vectorized")
+    go(extra_fields=("accept_prob", "potential_energy", "log_weight"))
+    x = np.asarray(mcmc.get_samples(group_by_chain=True))
+    assert x.shape == (4, 20_000, 2)
+    check_moments(x)
+    fields = mcmc.get_extra_fields()
+    assert 0.02 < fields["accept_prob"].mean() < 0.98
+    energies = jax.vmap(skewed)(mcmc.get_samples())
+    np.testing.assert_allclose(fields["potential_energy"], energies, atol=1e-3)
+
+
+def short_hmc(model=None, step_size=0.6, **options):
+    return HMC(
+        model,
+        step_size=step_size,
+        num_steps=4,
+        trajectory_length=None,
+        adapt_step_size=False,
+        adapt_mass_matrix=False,
+        **options,
+    )
+
+
+class Stale(DiffusionKernel):
+    """What must not be done: the weight stays that of the path before the move."""
+
+    def refresh(self, state, model_args, model_kwargs):
+        return state
+
+
+def _with_local(cls):
+    local = short_hmc(potential_fn=skewed)
+    kernel = cls(*untrained(), potential_fn=skewed, local_kernel=local)
+    mcmc, go = run(kernel, 20_000, num_chains=4, chain_method="vectorized")
+    go()
+    return np.asarray(mcmc.get_samples(group_by_chain=True))
+
+
+def test_local_moves_leave_it_exact():
+    check_moments(_with_local(DiffusionKernel))
+
+
+@pytest.mark.slow
+def test_without_redrawing_the_path_the_answer_would_be_wrong():
+    with pytest.raises(AssertionError):
+        check_moments(_with_local(Stale))
+
+
+def test_the_path_is_redrawn_after_a_local_move():
+    local = short_hmc(potential_fn=skewed)
+    kernel = DiffusionKernel(*untrained(), potential_fn=skewed, local_kernel=local)
+    state = kernel.init(jax.random.key(0), 0)
+    move = jax.jit(lambda state: kernel.sample(state, (), {}))
+    for _ in range(5):
+        new = move(state)
+        assert np.all(new.z != state.z)  # HMC always moves
+        assert new.log_weight != state.log_weight
+        assert new.potential_energy == pytest.approx(float(skewed(new.z)), abs=1e-4)
+        state = new
+
+
+@pytest.mark.slow
+def test_affine_coordinates():
+    """A sampler trained in other coordinates moves the same chain."""
+    affine = Affine(jnp.array([1.0, 0.5]), jnp.array([[1.2, 0.0], [0.4, 0.8]]))
+    sampler = ds.samplers.dis(2, 3, scale=1.5, network=ds.networks.free(8, 1))
+    params = sampler.init(jax.random.key(0))
+    kernel = DiffusionKernel(
+        sampler, params, potential_fn=skewed, num_proposals=4, affine=affine
+    )
+    mcmc, go = run(kernel, 10_000, num_chains=4, chain_method="vectorized")
+    go(extra_fields=("potential_energy",))
+    check_moments(np.asarray(mcmc.get_samples(group_by_chain=True)))
+    energies = jax.vmap(skewed)(mcmc.get_samples())
+    found = mcmc.get_extra_fields()["potential_energy"]
+    np.testing.assert_allclose(found, energies, atol=1e-3)
+
+
+def test_log_weights_of_an_exact_sampler_are_log_z():
+    """A reference that is the target itself: every move is accepted."""
+    target = ds.targets.gaussian((1.0, -2.0), (4.0, 4.0), log_z=1.3)
+    control = ds.networks.from_function(
+        lambda key, dim: jnp.zeros(dim), lambda params, x, t, context: params + 0.0 * x
+    )
+    sampler = ds.samplers.dis(2, 4, loc=(1.0, -2.0), scale=2.0, network=control)
+    params = sampler.init(jax.random.key(0))
+    kernel = DiffusionKernel(sampler, params, potential_fn=target.energy)
+    mcmc, go = run(kernel, 100)
+    go(extra_fields=("log_weight", "accept_prob", "mean_accept_prob"))
+    fields = mcmc.get_extra_fields()
+    np.testing.assert_allclose(fields["log_weight"], 1.3, atol=1e-3)
+    np.testing.assert_allclose(fields["accept_prob"], 1.0, atol=1e-3)
+    np.testing.assert_allclose(fields["mean_accept_prob"], 1.0, atol=1e-3)
+    assert len(np.unique(mcmc.get_samples(), axis=0)) == 100
+
+
+METHODS = {
+    "one": {},
+    "sequential": {"num_chains": 2, "chain_method": "sequential"},
+    "vectorized": {"num_chains": 2, "chain_method": "vectorized"},
+    "vmap": {"num_chains": 2, "chain_method": jax.vmap},
+}
+
+
+KEYS = {"typed": jax.random.key, "raw": jax.random.PRNGKey}
+WAYS = [
+    (method, kind, bar)
+    for method in METHODS
+    for kind in KEYS
+    for bar in (False, True)
+    if not (method == "vmap" and bar)  # NumPyro shows none there
+]
+
+
+# NumPyro's own, where chains are mapped by a function.
+@pytest.mark.filterwarnings("ignore:Some donated buffers were not usable")
+@pytest.mark.parametrize(
+    ("method", "make_key", "bar"),
+    mostly_slow(WAYS, ("one", "raw", True)),
+)
+def test_every_way_to_run_chains(method, make_key, bar, monkeypatch):
+    if bar:  # which NumPyro hides on CI
+        for name in ("CI", "PYTEST_XDIST_WORKER"):
+            monkeypatch.delenv(name, raising=False)
+    local = short_hmc(model, step_size=0.1)
+    kernel = DiffusionKernel(*untrained(), model, local_kernel=local)
+    options = METHODS[method]
+    mcmc, go = run(
+        kernel, 30, num_warmup=5, make_key=KEYS[make_key], **options, progress_bar=bar
+    )
+    go(DATA, extra_fields=("log_weight", "mean_accept_prob"))
+    num_chains = options.get("num_chains", 1)
+    samples = mcmc.get_samples(group_by_chain=True)
+    assert sorted(samples) == ["double", "loc", "scale"]
+    for name in samples:
+        assert samples[name].shape == (num_chains, 30)
+        assert np.all(np.isfinite(samples[name]))
+    np.testing.assert_allclose(samples["double"], 2 * samples["loc"], rtol=1e-5)
+    assert np.all(samples["scale"] > 0)
+    assert len(np.unique(samples["loc"][0])) > 5
+    go(DATA)  # no tracer is left over
+    mcmc.post_warmup_state = mcmc.last_state
+    monkeypatch.setattr(kernel, "init", lambda *_, **__: pytest.fail("init again"))
+    mcmc.run(mcmc.post_warmup_state.rng_key, DATA)
+    assert np.all(np.isfinite(mcmc.get_samples()["loc"]))
+
+
+@pytest.mark.slow
+def test_x64(x64):
+    sampler = ds.samplers.dis(2, 3, network=ds.networks.free(8, 1))
+    params = sampler.init(jax.random.key(0))
+    kernel = DiffusionKernel(sampler, params, model)
+    mcmc, go = run(kernel, 20, num_warmup=5)
+    go(DATA)
+    assert mcmc.get_samples()["loc"].dtype == jnp.float64
+    assert mcmc.last_state.log_weight.dtype == jnp.float64
+
+
+@pytest.mark.slow
+def test_the_model_gives_the_answer_of_nuts():
+    kernel = DiffusionKernel(*untrained(), model, num_proposals=16)
+    mcmc, go = run(kernel, 10_000, num_chains=4, chain_method="vectorized")
+    go(DATA)
+    nuts, go = run(NUTS(model), 5_000, num_warmup=500)
+    go(DATA)
+    for name in ("loc", "scale"):
+        found = np.asarray(mcmc.get_samples(group_by_chain=True)[name])
+        exact = np.asarray(nuts.get_samples(group_by_chain=True)[name])
+        error = np.hypot(standard_error(found), standard_error(exact))
+        assert error < 0.1
+        assert abs(found.mean() - exact.mean()) < 4 * error
+
+
+def test_starts_may_be_given():
+    kernel = DiffusionKernel(*untrained(), model)
+    start = {"loc": jnp.array(0.25), "scale": jnp.array(-0.5)}
+    state = kernel.init(jax.random.key(0), 0, start, (DATA,), {})
+    assert state.z == start
+    both = jax.tree.map(lambda a: jnp.stack([a, a + 1]), start)
+    keys = jax.random.split(jax.random.key(0), 2)
+    state = kernel.init(keys, 0, both, (DATA,), {})
+    np.testing.assert_array_equal(state.z["loc"], both["loc"])
+    assert state.log_weight.shape == (2,)
+    energy = target_from_model(model, (DATA,)).energy
+    expected = [energy(jnp.array([v, w])) for v, w in zip(both["loc"], both["scale"])]
+    np.testing.assert_allclose(state.potential_energy, expected, rtol=1e-5)
+
+
+def test_a_bad_start_is_left():
+    """From a point without density every proposal is better."""
+    kernel = DiffusionKernel(
+        *untrained(), potential_fn=lambda x: jnp.where(x[0] > 90, jnp.nan, skewed(x))
+    )
+    state = kernel.init(jax.random.key(0), 0, jnp.array([99.0, 0.0]))
+    assert state.log_weight == -np.inf
+    state = kernel.sample(state, (), {})
+    assert np.isfinite(state.log_weight)
+    assert state.accept_prob == 1
+
+
+@pytest.mark.slow
+def test_pickle():
+    kernel = DiffusionKernel(*untrained(), model, local_kernel=short_hmc(model))
+    mcmc, go = run(kernel, 20)
+    go(DATA)
+    again = pickle.loads(pickle.dumps(mcmc))
+    again.run(jax.random.key(1), DATA)
+    assert again.get_samples()["loc"].shape == (20,)
+    assert pickle.loads(pickle.dumps(kernel))._sample_fn is None
+
+
+@pytest.mark.slow
+def test_as_a_block_of_gibbs():
+    gibbs = pytest.importorskip("numpyro.infer.gibbs")
+    sampler, params = untrained(1)
+    global_block = DiffusionKernel(sampler, params, model), ["loc"]
+    kernel = gibbs.Gibbs([global_block, (NUTS(model), ["scale"])])
+    mcmc, go = run(kernel, 6_000, num_warmup=300)
+    go(DATA)
+    nuts, go = run(NUTS(model), 5_000, num_warmup=500)
+    go(DATA)
+    found, exact = (
+        np.asarray(m.get_samples(group_by_chain=True)["loc"]) for m in (mcmc, nuts)
+    )
+    error = np.hypot(standard_error(found), standard_error(exact))
+    assert abs(found.mean() - exact.mean()) < 4 * error
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"model": model, "potential_fn": skewed}, "either model or potential_fn"),
+        ({}, "either model or potential_fn"),
+        ({"potential_fn": skewed, "num_proposals": 0}, "at least 1, got 0"),
+        ({"potential_fn": skewed, "local_kernel": 3}, "local_kernel .* got int"),
+    ],
+)
+def test_bad_arguments_are_named(change, words):
+    with pytest.raises(ValueError, match=words):
+        DiffusionKernel(*untrained(), **change)
+
+
+def test_a_sampler_of_another_dimension_is_named():
+    kernel = DiffusionKernel(*untrained(3), model)
+    with pytest.raises(ValueError, match=r"dim=3, the unconstrained sites .*loc.* 2"):
+        kernel.init(jax.random.key(0), 0, None, (DATA,), {})
