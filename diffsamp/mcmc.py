@@ -533,6 +533,66 @@ def multistart(
     return draws[:, -1]
 
 
+def pathfinder(
+    key: Key,
+    energy: Energy,
+    initial_positions: Array,
+    *,
+    num_draws: int = 20,
+    max_iterations: int = 60,
+) -> tuple[Array, Array]:
+    """Draws of Gaussians fitted on the way downhill from several starts (BlackJAX).
+
+    Args:
+        key: consumed; typed or raw.
+        energy: minus log-density, ``[D] -> []``.
+        initial_positions: one start per path, [C, D].
+        num_draws: draws per path, n.
+        max_iterations: of L-BFGS.
+
+    Returns:
+        Draws [C, n, D] and their energies [C, n]. They say where the target may be and
+        how wide, not what each place weighs.
+
+    Raises:
+        ValueError: when initial_positions is not [C, D] or energy does not map [D] to
+            a scalar.
+
+    Sources: Zhang, Carpenter, Gelman, Vehtari, "Pathfinder", JMLR 23(306), 2022.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from diffsamp.mcmc import pathfinder
+        >>> def energy(x):
+        ...     return 0.5 * jnp.sum((x - 3.0) ** 2)
+        >>> draws, _ = pathfinder(jax.random.key(0), energy, jnp.zeros((4, 2)))
+        >>> draws.shape, bool(abs(draws.mean() - 3.0) < 0.5)
+        ((4, 20, 2), True)
+    """
+    positions = _check_points("initial_positions", initial_positions)
+    energy = as_energy(energy)
+    check_energy(energy, positions.shape[1], positions.dtype)
+    return _pathfinder(as_key(key), energy, positions, num_draws, max_iterations)
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4))
+def _pathfinder(key, energy, positions, num_draws, max_iterations):
+    from blackjax.vi import pathfinder as vi
+
+    def log_density(x):
+        return -energy(x)
+
+    def one(key, x):
+        fit, draw = jax.random.split(key)
+        state, _ = vi.approximate(
+            fit, log_density, x, num_samples=50, maxiter=max_iterations
+        )
+        draws, _ = vi.sample(draw, state, num_draws)
+        return draws, jax.vmap(energy)(draws)
+
+    return jax.vmap(one)(jax.random.split(key, positions.shape[0]), positions)
+
+
 # --------------------------------------------------------------------------- SMC
 
 

@@ -14,7 +14,7 @@ from diffsamp.types import Array
 
 def summary(
     samples: Mapping[str, Array] | Array,
-    log_weight: Array | None = None,
+    log_weight: Array | np.ndarray | None = None,
     *,
     prob: float = 0.9,
 ) -> str:

@@ -1,0 +1,533 @@
+"""Model in, weighted posterior and evidence out.
+
+What `DiffusionSampler` does by default, each step a function of its own elsewhere:
+
+1. `pilots.find`: tempered SMC, from the prior where there is one.
+2. `affine_from`: its mean and covariance give coordinates in which the posterior is
+   about a unit normal, so that one network and one noise schedule fit all models.
+3. Training of a `samplers.dis` with learned generation variance and a network that is
+   shown no score, in rounds: first by `objectives.forward_kl` on paths traced back from
+   the pilot's points, then by `objectives.log_variance` on these and its own paths. An
+   update so costs one energy per path, and no gradient.
+4. After each round: draws, weights, and the verdict with an independent probe (a second
+   pilot). It says whether another round is needed.
+
+The pilot only proposes; draws and log Z are those of the sampler's exact weights.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from numpyro.infer import init_to_uniform
+
+from diffsamp import (
+    behaviours,
+    drawing,
+    networks,
+    objectives,
+    probes,
+    samplers,
+    schedules,
+    training,
+)
+from diffsamp.diagnostics import Diagnostics
+from diffsamp.drawing import Draws
+from diffsamp.energies import as_key
+from diffsamp.numpyro import pilots
+from diffsamp.numpyro.affine import Affine, affine_from
+from diffsamp.numpyro.kernel import DiffusionKernel
+from diffsamp.numpyro.target import ModelTarget, target_from_model
+from diffsamp.sampler import Bounds, Sampler
+from diffsamp.standardise import reference_from
+from diffsamp.summary import summary as table
+from diffsamp.summary import verdict_lines
+from diffsamp.types import Behaviour, Cost, Key, LogEvidence, Objective, Params
+
+WARM_SHARE = 0.5  # of the first round's seconds, for the stage by forward KL
+ROUNDS = (0.2, 0.3, 0.5)  # shares of the budget
+ENOUGH_ESS = 0.3  # a trusted result below this goes on training while it may
+JUDGED_DRAWS = 4_000
+BATCH_SIZE = 256
+
+
+class Trained(NamedTuple):
+    """Everything that was found out about one posterior.
+
+    Attributes:
+        target: the posterior.
+        affine: coordinates in which the sampler works.
+        pilot: the points that it was trained on.
+        probe: independent points in these coordinates.
+        sampler: the sampler.
+        params: its parameters.
+        fit: result of the last training call.
+        cost: evaluations of pilots, training and judging so far.
+        seconds: wall time so far.
+    """
+
+    target: ModelTarget
+    affine: Affine
+    pilot: pilots.Pilot
+    probe: probes.Probe
+    sampler: Sampler
+    params: Params
+    fit: training.FitResult | None
+    cost: Cost
+    seconds: float
+
+
+def default_sampler(dim: int, num_steps: int, **reference: Any) -> Sampler:
+    """The sampler of `DiffusionSampler`: DIS with learned generation variance.
+
+    Args:
+        dim: dimension D.
+        num_steps: steps K.
+        **reference: ``loc`` and ``scale``.
+    """
+    return samplers.dis(
+        dim,
+        num_steps,
+        schedule=schedules.geometric(0.05),
+        network=networks.free(learn_variance=True),
+        generation_bounds=Bounds(log_variance=2.0),
+        **reference,
+    )
+
+
+class DiffusionSampler:
+    """Trains a diffusion sampler on a NumPyro model, draws from it, and says how well.
+
+    Built like NumPyro's ``NestedSampler``, with the samples of its ``MCMC``.
+
+    Args:
+        model: a NumPyro model.
+        sampler: ``(dim, num_steps, loc=, scale=) -> Sampler``; such as
+            ``ds.samplers.dds``.
+        objective: of the second stage of training; `objectives.log_variance` by
+            default.
+        behaviour: of that stage; by default half own paths, half paths into the
+            pilot's points.
+        optimizer: of both stages; Adam by default.
+        num_steps: steps K of the sampler.
+        num_particles: of each of the two pilots.
+        max_seconds: budget of training, without pilots and compilation.
+        max_energy_evaluations: budget of energies and gradients of training, or None.
+        init_strategy: as in NumPyro.
+
+    Attributes:
+        state: what was trained so far, a `Trained`, or None.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, numpyro, numpyro.distributions as dist
+        >>> from diffsamp.numpyro import DiffusionSampler
+        >>> def model(y):
+        ...     mean = numpyro.sample("mean", dist.Normal(0.0, 1.0))
+        ...     numpyro.sample("obs", dist.Normal(mean, 1.0), obs=y)
+        >>> inference = DiffusionSampler(
+        ...     model, num_steps=4, num_particles=64, max_seconds=0.1
+        ... )
+        >>> inference.run(jax.random.key(0), 100, y=jnp.array([0.5, 1.0]))
+        >>> inference.get_samples()["mean"].shape
+        (100,)
+    """
+
+    num_chains = 1  # these four are what ArviZ 0.x reads
+    thinning = 1
+
+    def __init__(
+        self,
+        model: Callable,
+        *,
+        sampler: Callable[..., Sampler] = default_sampler,
+        objective: Objective | None = None,
+        behaviour: Behaviour | None = None,
+        optimizer: optax.GradientTransformation | None = None,
+        num_steps: int = 32,
+        num_particles: int = 2_048,
+        max_seconds: float = 240.0,
+        max_energy_evaluations: int | None = None,
+        init_strategy: Callable = init_to_uniform,
+    ):
+        if not callable(model):
+            raise ValueError(f"model must be a NumPyro model, got {type(model)}")
+        if not max_seconds > 0:
+            raise ValueError(f"max_seconds must be positive, got {max_seconds}")
+        self.model = model
+        self.state: Trained | None = None
+        self._make_sampler = sampler
+        self._objective = objective or objectives.log_variance()
+        self._behaviour = behaviour
+        self._optimizer = optimizer
+        self._num_steps = num_steps
+        self._num_particles = num_particles
+        self._max_seconds = max_seconds
+        self._max_energy_evaluations = max_energy_evaluations
+        self._init_strategy = init_strategy
+        self._args: tuple = ()
+        self._kwargs: dict[str, Any] = {}
+        self._draws: Draws | None = None
+        self._index: np.ndarray | None = None
+
+    # -- training and drawing ---------------------------------------------------------
+
+    def fit(
+        self,
+        key: Key,
+        num_updates: int | None = None,
+        *args: Any,
+        state: Trained | None = None,
+        callback: Callable | None = None,
+        progress_bar: bool = True,
+        **kwargs: Any,
+    ) -> Trained:
+        """Trains; again with ``state=inference.state`` to go on.
+
+        Args:
+            key: random key; consumed.
+            num_updates: updates to do, half of them by forward KL where training
+                starts; None to train in rounds until the verdict is ``trust`` or the
+                budget is spent.
+            *args: arguments of the model.
+            state: what to go on from.
+            callback: as in `diffsamp.fit`; a true return value ends training.
+            progress_bar: whether to show one.
+            **kwargs: keyword arguments of the model.
+
+        Returns:
+            The new `state`. Ctrl-C ends training and keeps what there is.
+
+        Raises:
+            ValueError: when no points of the posterior are found; see also
+                `target_from_model`.
+        """
+        begin = time.perf_counter()
+        for_target, for_pilots, for_training, for_judging = jax.random.split(
+            as_key(key), 4
+        )
+        self._remember(args, kwargs)
+        if state is None:
+            state = self._prepare(for_target, for_pilots)
+        seconds = state.seconds
+        energy = pilots.in_affine(state.target.energy, state.affine)
+        options = {"callback": callback, "progress_bar": progress_bar}
+        stages = self._stages(state, num_updates)
+        for i, (objective, behaviour, budget, judged) in enumerate(stages):
+            left = self._energies_left(state)
+            if left is not None and left < 1:
+                break
+            fit = training.fit(
+                jax.random.fold_in(for_training, i),
+                state.sampler,
+                objective,
+                energy,
+                behaviour=behaviour,
+                optimizer=self._optimizer or _ADAM,
+                anneal=schedules.cosine_anneal,
+                ema_decay=0.998,
+                batch_size=BATCH_SIZE,
+                params=state.params,
+                max_energy_evaluations=left,
+                **budget,
+                **options,
+            )
+            state = state._replace(
+                params=fit.params,
+                fit=fit,
+                cost=_add(state.cost, fit),
+                seconds=seconds + time.perf_counter() - begin,
+            )
+            self.state, self._draws = state, None
+            if fit.stopped_by in ("interrupt", "callback"):
+                break
+            if judged:
+                draws = self._draw(jax.random.fold_in(for_judging, i), JUDGED_DRAWS)
+                state = state._replace(cost=_add(state.cost, draws.diagnostics))
+                report = draws.diagnostics
+                good = report.verdict.startswith("trust")
+                if good and report.ess_fraction >= ENOUGH_ESS:
+                    break
+        seconds += time.perf_counter() - begin
+        self.state = state._replace(seconds=seconds)
+        return self.state
+
+    def run(
+        self,
+        key: Key,
+        num_samples: int,
+        *args: Any,
+        progress_bar: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        """Trains if that is yet to be done for these data, draws and weighs.
+
+        Args:
+            key: random key; consumed.
+            num_samples: equally weighted draws that `get_samples` is to return.
+            *args: arguments of the model.
+            progress_bar: whether to show one.
+            **kwargs: keyword arguments of the model.
+
+        Raises:
+            ValueError: when num_samples is below 1; see also `fit`.
+        """
+        if num_samples < 1:
+            raise ValueError(f"num_samples must be at least 1, got {num_samples}")
+        for_training, for_draws, for_picks = jax.random.split(as_key(key), 3)
+        if self.state is None or not self._is_trained_on(args, kwargs):
+            self.fit(for_training, None, *args, progress_bar=progress_bar, **kwargs)
+        assert self.state is not None
+        pilot, rest = jax.random.split(for_draws)
+        draws = self._draw(pilot, min(num_samples, JUDGED_DRAWS))
+        share = max(draws.diagnostics.ess_fraction, 0.1)
+        num_draws = int(np.ceil(num_samples / share))  # so that few are drawn twice
+        self._draws = self._draw(rest, num_draws)
+        rows = self._draws._replace(x=np.arange(num_draws)[:, None])
+        try:
+            self._index = rows.resample(for_picks, num_samples)[:, 0]
+        except ValueError:  # no weight is positive: the verdict says so
+            self._index = np.arange(num_samples)
+
+    def kernel(self, **options: Any) -> DiffusionKernel:
+        """A kernel for ``MCMC`` with the trained sampler as its global move.
+
+        Args:
+            **options: of `DiffusionKernel`: ``num_proposals``, ``local_kernel``.
+
+        Raises:
+            RuntimeError: before training.
+        """
+        state = self._trained()
+        return DiffusionKernel(
+            state.sampler,
+            state.params,
+            self.model,
+            affine=state.affine,
+            init_strategy=self._init_strategy,
+            **options,
+        )
+
+    # -- results ----------------------------------------------------------------------
+
+    @property
+    def sampler(self) -> DiffusionSampler:
+        """Itself, whose ``model`` ArviZ 0.x asks for."""
+        return self
+
+    @property
+    def num_samples(self) -> int:
+        """Number of equally weighted draws."""
+        self._drawn()
+        assert self._index is not None
+        return len(self._index)
+
+    def get_samples(self, group_by_chain: bool = False) -> dict[str, jax.Array]:
+        """Equally weighted draws, resampled, with deterministic sites.
+
+        Args:
+            group_by_chain: whether to have a leading axis of one chain, as in ``MCMC``.
+
+        Returns:
+            Site to [num_samples, ...], or [1, num_samples, ...].
+
+        Raises:
+            RuntimeError: before `run`.
+        """
+        x = self._drawn().x[self._index]
+        sites = self._constrained(x)
+        if group_by_chain:
+            sites = jax.tree.map(lambda a: a[None], sites)
+        return sites
+
+    def get_weighted_samples(self) -> tuple[dict[str, jax.Array], np.ndarray]:
+        """All draws and their normalised log-weights.
+
+        Returns:
+            Site to [N, ...] and [N]; N is larger than ``num_samples`` where the weights
+            differ much.
+
+        Raises:
+            RuntimeError: before `run`.
+        """
+        draws = self._drawn()
+        log_weight = np.asarray(jax.nn.log_softmax(jnp.asarray(draws.log_weight)))
+        return self._constrained(draws.x), log_weight
+
+    def get_extra_fields(self, group_by_chain: bool = False) -> dict[str, np.ndarray]:
+        """``potential_energy`` and ``log_weight`` of the draws of `get_samples`.
+
+        Args:
+            group_by_chain: whether to have a leading axis of one chain.
+
+        Raises:
+            RuntimeError: before `run`.
+        """
+        draws, state = self._drawn(), self._trained()
+        assert draws.log_weight is not None
+        fields = {
+            "potential_energy": draws.energy + float(state.affine.log_det),
+            "log_weight": draws.log_weight,
+        }
+        fields = {name: values[self._index] for name, values in fields.items()}
+        if group_by_chain:
+            fields = {name: values[None] for name, values in fields.items()}
+        return fields
+
+    @property
+    def log_evidence(self) -> LogEvidence:
+        """Log Z with error and bounds; NaN, and a warning, for an improper prior."""
+        found, target = self._drawn().log_evidence, self._trained().target
+        if target.is_proper:
+            return found
+        warnings.warn(
+            "the model has no evidence: the priors of "
+            f"{', '.join(target.improper_sites)} are improper",
+            UserWarning,
+            stacklevel=2,
+        )
+        return LogEvidence(np.nan, np.inf, np.nan, None)
+
+    @property
+    def diagnostics(self) -> Diagnostics:
+        """ESS, k-hat, verdict, and all evaluations, of pilots and training too."""
+        report, cost = self._drawn().diagnostics, self._trained().cost
+        counts = {}
+        for kind in ("energy", "gradient", "network"):
+            name = f"num_{kind}_evaluations"
+            counts[name] = int(getattr(cost, kind)) + (getattr(report, name) or 0)
+        return report._replace(**counts)
+
+    def print_summary(self, prob: float = 0.9) -> None:
+        """Prints the table, the evidence and the verdict.
+
+        Args:
+            prob: probability of the central interval.
+
+        Raises:
+            RuntimeError: before `run`.
+        """
+        draws, target = self._drawn(), self._trained().target
+        sites, _ = self.get_weighted_samples()
+        latent = {name: sites[name] for name in target.site_names}
+        print(table(latent, draws.log_weight, prob=prob))
+        if not target.is_proper:
+            nothing = LogEvidence(np.nan, np.inf, np.nan, None)
+            draws = draws._replace(log_evidence=nothing)
+        print()
+        print(verdict_lines(draws))
+
+    # -- inside -----------------------------------------------------------------------
+
+    def _trained(self) -> Trained:
+        if self.state is None:
+            raise RuntimeError(
+                "nothing is trained yet; call run(key, num_samples, ...)"
+            )
+        return self.state
+
+    def _drawn(self) -> Draws:
+        if self._draws is None:
+            raise RuntimeError("nothing is drawn yet; call run(key, num_samples, ...)")
+        return self._draws
+
+    def _remember(self, args, kwargs) -> None:
+        self._args, self._kwargs, self._draws = args, kwargs, None
+
+    def _is_trained_on(self, args, kwargs) -> bool:
+        old, old_tree = jax.tree.flatten((self._args, self._kwargs))
+        new, new_tree = jax.tree.flatten((args, kwargs))
+        same = old_tree == new_tree and len(old) == len(new)
+        return same and all(np.array_equal(a, b) for a, b in zip(old, new, strict=True))
+
+    def _prepare(self, for_target, key) -> Trained:
+        begin = time.perf_counter()
+        target = target_from_model(
+            self.model,
+            self._args,
+            self._kwargs,
+            key=for_target,
+            init_strategy=self._init_strategy,
+        )
+        first, second, for_params = jax.random.split(key, 3)
+        found = [
+            pilots.find(k, target, num_particles=self._num_particles)
+            for k in (first, second)
+        ]
+        affine = affine_from(found[0].x)
+        probe = probes.Probe(x=pilots.to_y(affine, found[1].x), name=found[1].name)
+        reference = reference_from(pilots.to_y(affine, found[0].x)).arguments
+        sampler = self._make_sampler(target.dim, self._num_steps, **reference)
+        return Trained(
+            target=target,
+            affine=affine,
+            pilot=found[0],
+            probe=probe,
+            sampler=sampler,
+            params=sampler.init(for_params),
+            fit=None,
+            cost=_add(_add(Cost(0, 0), found[0]), found[1]),
+            seconds=time.perf_counter() - begin,
+        )
+
+    def _stages(self, state: Trained, num_updates: int | None):
+        """``(objective, behaviour, budget, judged)``, one after the other."""
+        y = pilots.to_y(state.affine, state.pilot.x)
+        seeded = behaviours.reference_draws(y)
+        both = self._behaviour or behaviours.mixture(
+            (behaviours.on_policy(), 0.5), (seeded, 0.5)
+        )
+        first = objectives.forward_kl(), seeded
+        second = self._objective, both
+        if num_updates is not None:
+            half = num_updates // 2 if state.fit is None else 0
+            if half:
+                yield *first, {"num_updates": half}, False
+            yield *second, {"num_updates": num_updates - half}, False
+            return
+        for i, share in enumerate(ROUNDS):
+            seconds = share * self._max_seconds
+            if i == 0 and state.fit is None:
+                yield *first, {"max_seconds": WARM_SHARE * seconds}, False
+                seconds *= 1 - WARM_SHARE
+            yield *second, {"max_seconds": seconds}, True
+
+    def _energies_left(self, state: Trained) -> int | None:
+        if self._max_energy_evaluations is None:
+            return None
+        spent = int(state.cost.energy) + int(state.cost.gradient)
+        return self._max_energy_evaluations - spent
+
+    def _draw(self, key, num_draws) -> Draws:
+        state = self._trained()
+        energy = pilots.in_affine(state.target.energy, state.affine)
+        return drawing.draw(
+            key, state.sampler, state.params, energy, num_draws, probe=state.probe
+        )
+
+    def _constrained(self, y) -> dict[str, jax.Array]:
+        state = self._trained()
+        return _constrain_all(state.target.constrain, state.affine, jnp.asarray(y))
+
+
+_ADAM = optax.adam(1e-3)
+
+
+@jax.jit
+def _constrain_all(constrain, affine, y):
+    return jax.vmap(lambda v: constrain(affine.forward(v)))(y)
+
+
+def _add(cost: Cost, result: Any) -> Cost:
+    """The cost and the counts of a result."""
+    counts = [
+        int(getattr(result, f"num_{kind}_evaluations", 0) or 0)
+        for kind in ("energy", "gradient", "network")
+    ]
+    return Cost(*(int(a) + b for a, b in zip(cost, counts, strict=True)))

@@ -1,0 +1,162 @@
+"""What is found about a posterior before a sampler is trained: where it is.
+
+Tempered SMC from the prior, where the model has one to draw from: it reaches modes that
+chains from single starts do not. Otherwise Gaussians fitted on the way downhill from
+scattered starts (Pathfinder) and short NUTS chains from the better of these say where
+and how wide the posterior is, and SMC tempers from a Gaussian of twice that size.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.tree_util import Partial
+
+from diffsamp import mcmc, probes
+from diffsamp.energies import as_key
+from diffsamp.numpyro.affine import Affine, affine_from
+from diffsamp.types import Array, Energy, Key, Target
+
+_NUM_CHAINS = 32
+_ITERATIONS = 60
+_WIDER = 2.0  # standard deviations of a fitted Gaussian to temper from
+
+
+class Pilot(NamedTuple):
+    """Points of the posterior, in unconstrained coordinates.
+
+    Attributes:
+        x: points, [N, D].
+        name: where they come from.
+        num_energy_evaluations: energies evaluated alone.
+        num_gradient_evaluations: energies evaluated with gradient.
+    """
+
+    x: Array
+    name: str
+    num_energy_evaluations: int
+    num_gradient_evaluations: int
+
+
+def find(key: Key, target: Target, *, num_particles: int = 2048) -> Pilot:
+    """Points from tempered SMC.
+
+    Args:
+        key: random key; consumed.
+        target: the posterior, with its prior if it has one.
+        num_particles: N.
+
+    Raises:
+        ValueError: when SMC reaches the target neither from the prior nor from a
+            Gaussian around short chains.
+
+    Example:
+        >>> import jax
+        >>> from diffsamp import posteriors
+        >>> from diffsamp.numpyro import pilots
+        >>> target = posteriors.two_sinusoids().target()
+        >>> pilots.find(jax.random.key(0), target, num_particles=64).x.shape
+        (64, 6)
+    """
+    from_prior, from_chains = jax.random.split(as_key(key))
+    tried = ""
+    if target.sample_prior is not None:
+        try:
+            probe = probes.smc_from_prior(
+                from_prior, target, num_particles=num_particles
+            )
+        except ValueError as error:
+            tried = f"{error}; and then: "
+        else:
+            return _as_pilot(probe, probe.x)
+    chains, tempering = jax.random.split(from_chains)
+    draws, num_energies, num_gradients = _short_chains(chains, target)
+    affine = affine_from(draws)
+    try:
+        probe = probes.smc(
+            tempering,
+            in_affine(target.energy, affine),
+            target.dim,
+            scale=_WIDER,
+            num_particles=num_particles,
+        )
+    except ValueError as error:
+        raise ValueError(
+            f"no points of the posterior were found: {tried}{error}"
+        ) from error
+    found = _as_pilot(probe, jax.vmap(affine.forward)(probe.x))
+    return found._replace(
+        num_energy_evaluations=found.num_energy_evaluations + num_energies,
+        num_gradient_evaluations=found.num_gradient_evaluations + num_gradients,
+    )
+
+
+def _short_chains(key: Key, target: Target):
+    """Draws [N, D], and the energies and gradients they took.
+
+    Pathfinder counts as if every path had gone on to the last iteration.
+    """
+    scatter, downhill, pick, run = jax.random.split(key, 4)
+    centre = getattr(target, "initial", None)
+    starts = jax.random.normal(scatter, (_NUM_CHAINS, target.dim))
+    starts = starts if centre is None else centre.astype(starts.dtype) + starts
+    points, energies = mcmc.pathfinder(
+        downhill, target.energy, starts, max_iterations=_ITERATIONS
+    )
+    points, energies = points.reshape(-1, target.dim), energies.ravel()
+    finite = jnp.isfinite(energies) & jnp.all(jnp.isfinite(points), axis=1)
+    if not bool(jnp.any(finite)):
+        raise ValueError(
+            "no point of finite density was found downhill from "
+            f"{_NUM_CHAINS} starts; check the model, or pass another init_strategy"
+        )
+    energies = jnp.where(finite, energies, jnp.inf)
+    # What lies much lower than the best has no mass, however many paths end there.
+    near = energies <= jnp.min(energies) + 10 + 2 * target.dim
+    logits = jnp.where(near, 0.0, -jnp.inf)
+    index = jax.random.categorical(pick, logits, shape=(_NUM_CHAINS,))
+    draws, info = mcmc.run_hmc(
+        run, target.energy, points[index], num_warmup=150, num_draws=50
+    )
+    draws = draws.reshape(-1, target.dim)
+    draws = draws[jnp.all(jnp.isfinite(draws), axis=1)]
+    per_path = _ITERATIONS * 50 + 20
+    num_gradients = _NUM_CHAINS * _ITERATIONS + int(info.num_gradient_evaluations)
+    return draws, _NUM_CHAINS * per_path, num_gradients
+
+
+def in_affine(energy: Energy, affine: Affine) -> Partial:
+    """The energy of ``y`` with ``x = affine.forward(y)``; data stay data.
+
+    Args:
+        energy: maps [D] to [], of x.
+        affine: the map.
+    """
+    return Partial(_energy_of_y, affine, energy)
+
+
+def _energy_of_y(affine: Affine, energy: Energy, y: Array) -> Array:
+    return energy(affine.forward(y)) - affine.log_det.astype(y.dtype)
+
+
+@jax.jit
+def to_y(affine: Affine, x: Array) -> Array:
+    """Points [N, D] in the coordinates of an affine map."""
+    return jax.vmap(affine.inverse)(x)
+
+
+@jax.jit
+def to_x(affine: Affine, y: Array) -> Array:
+    """Points [N, D] out of them."""
+    return jax.vmap(affine.forward)(y)
+
+
+def _as_pilot(probe: probes.Probe, x: Array) -> Pilot:
+    return Pilot(
+        x=jnp.asarray(x),
+        name=probe.name,
+        num_energy_evaluations=probe.num_energy_evaluations,
+        num_gradient_evaluations=probe.num_gradient_evaluations,
+    )
