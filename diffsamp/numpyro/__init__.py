@@ -1,4 +1,12 @@
 """NumPyro models as targets. Never imported by ``import diffsamp``."""
 
+from diffsamp.numpyro import pilots as pilots
+from diffsamp.numpyro.affine import Affine as Affine
+from diffsamp.numpyro.affine import affine_from as affine_from
+from diffsamp.numpyro.guide import AutoDiffusion as AutoDiffusion
+from diffsamp.numpyro.inference import DiffusionSampler as DiffusionSampler
+from diffsamp.numpyro.inference import Trained as Trained
+from diffsamp.numpyro.kernel import DiffusionKernel as DiffusionKernel
+from diffsamp.numpyro.kernel import DiffusionKernelState as DiffusionKernelState
 from diffsamp.numpyro.target import ModelTarget as ModelTarget
 from diffsamp.numpyro.target import target_from_model as target_from_model

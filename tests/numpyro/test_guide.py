@@ -1,0 +1,177 @@
+"""AutoDiffusion: SVI's ELBO is the path-space bound, and learning closes the gap."""
+
+import pickle
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import optax
+import pytest
+from numpyro.infer import (
+    SVI,
+    Predictive,
+    RenyiELBO,
+    Trace_ELBO,
+    TraceGraph_ELBO,
+    TraceMeanField_ELBO,
+)
+from tables import mostly_slow
+
+import diffsamp as ds
+from diffsamp.numpyro import AutoDiffusion, target_from_model
+
+pytestmark = pytest.mark.relaxed("dtypes", "ranks")
+
+
+def model(y=None, num=3):
+    """Sites whose order in the trace is not that of their names."""
+    scale = numpyro.sample("scale", dist.LogNormal(0.0, 0.5))
+    loc = numpyro.sample("loc", dist.Normal(1.0, 2.0).expand([2]).to_event(1))
+    numpyro.deterministic("sum", loc.sum())
+    with numpyro.plate("data", num if y is None else len(y)):
+        numpyro.sample("y", dist.Normal(loc.sum(), 2.0 + scale), obs=y)
+
+
+DATA = jnp.array([0.3, 1.4, 0.2])
+
+
+def small(dim, num_steps, **reference):
+    return ds.samplers.dis(
+        dim,
+        num_steps,
+        network=ds.networks.free(width=8, depth=1, learn_variance=True),
+        **reference,
+    )
+
+
+def guided(dim, num_steps, **reference):
+    network = ds.networks.score_guided(width=8, depth=1)
+    return ds.samplers.dis(dim, num_steps, network=network, **reference)
+
+
+def svi_of(sampler=small, loss=None, rate=1e-3):
+    guide = AutoDiffusion(model, sampler=sampler, num_steps=3, loc=0.3, scale=1.2)
+    return SVI(model, guide, optax.adam(rate), loss or Trace_ELBO()), guide
+
+
+@pytest.mark.parametrize("sampler", mostly_slow([small, guided], small))
+def test_the_elbo_is_that_of_the_paths(sampler):
+    svi, guide = svi_of(sampler, Trace_ELBO(num_particles=4_000))
+    state = svi.init(jax.random.key(0), DATA)
+    params = svi.get_params(state)
+    found = -float(svi.evaluate(state, DATA))
+    # The same sampler over points whose sites are sorted by name: permute.
+    target = target_from_model(model, (DATA,))
+
+    def energy(x):  # the guide's order: scale, loc
+        return target.energy(jnp.concatenate([x[1:], x[:1]]))
+
+    draws = ds.draw(
+        jax.random.key(1), guide.sampler, guide.params_of(params), energy, 4_000
+    )
+    error = draws.log_weight.std() * np.sqrt(2 / 4_000)
+    assert error < 0.2
+    assert abs(found - draws.log_evidence.lower) < 4 * error
+
+
+LOSSES = {
+    "Trace_ELBO": Trace_ELBO(),
+    "Trace_ELBO, 5 particles": Trace_ELBO(num_particles=5),
+    "TraceMeanField_ELBO": TraceMeanField_ELBO(),
+    "RenyiELBO": RenyiELBO(alpha=0.5, num_particles=3),
+    "TraceGraph_ELBO": TraceGraph_ELBO(),
+}
+
+
+@pytest.mark.parametrize(
+    "name",
+    mostly_slow(LOSSES, "Trace_ELBO"),
+)
+def test_every_elbo_takes_it(name):
+    svi, guide = svi_of(loss=LOSSES[name])
+    result = svi.run(jax.random.key(0), 5, DATA, progress_bar=False, stable_update=True)
+    assert np.all(np.isfinite(result.losses))
+    again = svi.run(
+        jax.random.key(1), 5, DATA, progress_bar=False, init_state=result.state
+    )
+    assert np.all(np.isfinite(again.losses))
+    draws = guide.sample_posterior(
+        jax.random.key(2), again.params, DATA, sample_shape=(4, 2)
+    )
+    assert draws["loc"].shape == (4, 2, 2)
+    assert draws["scale"].shape == draws["sum"].shape == (4, 2)
+    np.testing.assert_allclose(draws["sum"], draws["loc"].sum(-1), rtol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def trained():
+    svi, guide = svi_of(loss=Trace_ELBO(num_particles=16), rate=1e-2)
+    return guide, svi.run(jax.random.key(0), 800, DATA, progress_bar=False)
+
+
+def test_learning_closes_the_gap(trained):
+    guide, result = trained
+    target = target_from_model(model, (DATA,))
+
+    def energy(x):
+        return target.energy(jnp.concatenate([x[1:], x[:1]]))
+
+    before, after = (
+        ds.draw(jax.random.key(1), guide.sampler, params, energy, 4_000).log_evidence
+        for params in (
+            guide.sampler.init(jax.random.key(0)),
+            guide.params_of(result.params),
+        )
+    )
+    assert after.estimate - after.lower < 0.3 * (before.estimate - before.lower)
+    assert abs(after.estimate - before.estimate) < 4 * (
+        before.standard_error + after.standard_error
+    )
+
+
+def test_predictive_both_ways(trained):
+    guide, result = trained
+    joint = Predictive(model, guide=guide, params=result.params, num_samples=7)
+    assert joint(jax.random.key(3))["y"].shape == (7, 3)
+    alone = Predictive(
+        guide, params=result.params, num_samples=7, return_sites=["loc", "scale"]
+    )
+    assert alone(jax.random.key(3), DATA)["loc"].shape == (7, 2)
+
+
+def test_quantiles(trained):
+    guide, result = trained
+    quantiles = guide.quantiles(result.params, [0.1, 0.5, 0.9], DATA)
+    assert quantiles["loc"].shape == (3, 2)
+    assert np.all(np.diff(quantiles["loc"], axis=0) > 0)
+    median = guide.median(result.params, DATA)
+    np.testing.assert_allclose(median["loc"], quantiles["loc"][1])
+
+
+@pytest.mark.slow
+def test_pickle(trained):
+    guide, result = trained
+    again = pickle.loads(pickle.dumps(guide))
+    draws = again.sample_posterior(
+        jax.random.key(0), result.params, DATA, sample_shape=(3,)
+    )
+    assert draws["loc"].shape == (3, 2)
+
+
+def test_subsampled_plates_are_refused():
+    def subsampled():
+        loc = numpyro.sample("loc", dist.Normal(0.0, 1.0))
+        with numpyro.plate("data", 10, subsample_size=2):
+            numpyro.sample("y", dist.Normal(loc, 1.0), obs=jnp.zeros(2))
+
+    guide = AutoDiffusion(subsampled)
+    svi = SVI(subsampled, guide, optax.adam(1e-3), Trace_ELBO())
+    with pytest.raises(NotImplementedError, match="plate 'data' is subsampled"):
+        svi.init(jax.random.key(0))
+
+
+def test_before_it_has_seen_the_model():
+    with pytest.raises(RuntimeError, match="has not seen its model"):
+        _ = AutoDiffusion(model).sampler
