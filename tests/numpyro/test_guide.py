@@ -56,7 +56,7 @@ def svi_of(sampler=small, loss=None, rate=1e-3):
     return SVI(model, guide, optax.adam(rate), loss or Trace_ELBO()), guide
 
 
-@pytest.mark.parametrize("sampler", mostly_slow([small, guided], small))
+@pytest.mark.parametrize("sampler", mostly_slow([small, guided]))
 def test_the_elbo_is_that_of_the_paths(sampler):
     svi, guide = svi_of(sampler, Trace_ELBO(num_particles=4_000))
     state = svi.init(jax.random.key(0), DATA)
@@ -141,6 +141,7 @@ def test_predictive_both_ways(trained):
     assert alone(jax.random.key(3), DATA)["loc"].shape == (7, 2)
 
 
+@pytest.mark.slow
 def test_quantiles(trained):
     guide, result = trained
     quantiles = guide.quantiles(result.params, [0.1, 0.5, 0.9], DATA)

@@ -135,6 +135,7 @@ def _with_local(cls):
     return np.asarray(mcmc.get_samples(group_by_chain=True))
 
 
+@pytest.mark.slow
 def test_local_moves_leave_it_exact():
     check_moments(_with_local(DiffusionKernel))
 
@@ -215,7 +216,7 @@ WAYS = [
 @pytest.mark.filterwarnings("ignore:Some donated buffers were not usable")
 @pytest.mark.parametrize(
     ("method", "make_key", "bar"),
-    mostly_slow(WAYS, ("one", "raw", True)),
+    mostly_slow(WAYS, ("one", "raw", False)),
 )
 def test_every_way_to_run_chains(method, make_key, bar, monkeypatch):
     if bar:  # which NumPyro hides on CI
@@ -270,6 +271,7 @@ def test_the_model_gives_the_answer_of_nuts():
         assert abs(found.mean() - exact.mean()) < 4 * error
 
 
+@pytest.mark.slow
 def test_starts_may_be_given():
     kernel = DiffusionKernel(*untrained(), model)
     start = {"loc": jnp.array(0.25), "scale": jnp.array(-0.5)}
