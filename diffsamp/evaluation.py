@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from scipy.special import logsumexp
 
 from diffsamp import batching, diagnostics, drawing, evidence, metrics, probes
 from diffsamp.deterministic import ProbabilityFlow
@@ -114,7 +113,10 @@ def evaluate(
         out["elbo"] = draws.log_evidence.lower
         out["log_z"] = draws.log_evidence.estimate
         out["log_z_standard_error"] = draws.log_evidence.standard_error
-        out["log_z_smoothed"] = _log_mean(draws.smoothed_log_weight)
+        smoothed = draws.smoothed_log_weight
+        assert smoothed is not None
+        found = evidence.log_evidence(smoothed, pareto_k=report.pareto_k)
+        out["log_z_smoothed"] = found.estimate
         out["ess"], out["pareto_k"] = report.ess_fraction, report.pareto_k
     if target.log_z is not None:
         out["log_z_true"] = target.log_z
@@ -204,11 +206,6 @@ def _distances(equal, raw, exact, sinkhorn):
     out["quantiles"] = metrics.quantiles(equal, levels)
     out["quantiles_exact"] = metrics.quantiles(a, levels)
     return out
-
-
-def _log_mean(log_weight):
-    with np.errstate(invalid="ignore"):  # an infinite weight
-        return float(logsumexp(log_weight) - np.log(len(log_weight)))
 
 
 def _converged_sinkhorn(x, y, epsilon):

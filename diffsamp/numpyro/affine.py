@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.scipy.linalg import solve_triangular
 
-from diffsamp.types import Array, ArrayLike
+from diffsamp.types import Array, ArrayLike, Energy
 
 
 class Affine(NamedTuple):
@@ -44,6 +44,17 @@ class Affine(NamedTuple):
     def log_det(self) -> Array:
         """Log |dx/dy|, []."""
         return jnp.sum(jnp.log(jnp.diagonal(self.matrix)))
+
+
+def energy_in(affine: Affine, energy: Energy, y: Array) -> Array:
+    """The energy of y, of one that maps x [D] to [].
+
+    Args:
+        affine: the map from y to x.
+        energy: of x.
+        y: [D].
+    """
+    return energy(affine.forward(y)) - affine.log_det.astype(y.dtype)
 
 
 def affine_from(draws: ArrayLike) -> Affine:

@@ -229,7 +229,7 @@ class DiffusionSampler:
                 objective,
                 energy,
                 behaviour=behaviour,
-                optimizer=self._optimizer or _ADAM,
+                optimizer=self._optimizer,
                 anneal=schedules.cosine_anneal,
                 ema_decay=0.998,
                 batch_size=BATCH_SIZE,
@@ -283,10 +283,11 @@ class DiffusionSampler:
         for_training, for_draws, for_picks = jax.random.split(as_key(key), 3)
         if self.state is None or not self._is_trained_on(args, kwargs):
             self.fit(for_training, None, *args, progress_bar=progress_bar, **kwargs)
-        assert self.state is not None
+        state = self._trained()
         pilot, rest = jax.random.split(for_draws)
-        draws = self._draw(pilot, min(num_samples, JUDGED_DRAWS))
-        share = max(draws.diagnostics.ess_fraction, 0.1)
+        report = self._draw(pilot, min(num_samples, JUDGED_DRAWS)).diagnostics
+        self.state = state._replace(cost=_add(state.cost, report))
+        share = max(report.ess_fraction, 0.1)
         num_draws = int(np.ceil(num_samples / share))  # so that few are drawn twice
         self._draws = self._draw(rest, num_draws)
         rows = self._draws._replace(x=np.arange(num_draws)[:, None])
@@ -392,7 +393,7 @@ class DiffusionSampler:
             UserWarning,
             stacklevel=2,
         )
-        return LogEvidence(np.nan, np.inf, np.nan, None)
+        return _NO_EVIDENCE
 
     @property
     def diagnostics(self) -> Diagnostics:
@@ -418,8 +419,7 @@ class DiffusionSampler:
         latent = {name: sites[name] for name in target.site_names}
         print(table(latent, draws.log_weight, prob=prob))
         if not target.is_proper:
-            nothing = LogEvidence(np.nan, np.inf, np.nan, None)
-            draws = draws._replace(log_evidence=nothing)
+            draws = draws._replace(log_evidence=_NO_EVIDENCE)
         print()
         print(verdict_lines(draws))
 
@@ -516,7 +516,7 @@ class DiffusionSampler:
         return _constrain_all(state.target.constrain, state.affine, jnp.asarray(y))
 
 
-_ADAM = optax.adam(1e-3)
+_NO_EVIDENCE = LogEvidence(np.nan, np.inf, np.nan, None)
 
 
 @jax.jit

@@ -34,7 +34,7 @@ from numpyro.infer.util import constrain_fn, initialize_model
 from numpyro.util import is_prng_key
 
 from diffsamp.energies import as_key
-from diffsamp.numpyro.affine import Affine
+from diffsamp.numpyro.affine import Affine, energy_in
 from diffsamp.sampler import Sampler
 from diffsamp.types import Array, Params, PyTree
 
@@ -317,10 +317,9 @@ class DiffusionKernel(MCMCKernel):
 
     def _own_energy(self, energy):
         """The same in the sampler's coordinates."""
-        affine = self._affine
-        if affine is None:
+        if self._affine is None:
             return energy
-        return lambda y: energy(affine.forward(y)) - affine.log_det.astype(y.dtype)
+        return functools.partial(energy_in, self._affine, energy)
 
     def _draw(self, key, energy, num):
         """Points [num, D], log-weights and energies of fresh paths."""

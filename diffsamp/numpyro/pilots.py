@@ -16,7 +16,7 @@ from jax.tree_util import Partial
 
 from diffsamp import mcmc, probes
 from diffsamp.energies import as_key
-from diffsamp.numpyro.affine import Affine, affine_from
+from diffsamp.numpyro.affine import Affine, affine_from, energy_in
 from diffsamp.types import Array, Energy, Key, Target
 
 _NUM_CHAINS = 32
@@ -86,7 +86,7 @@ def find(key: Key, target: Target, *, num_particles: int = 2048) -> Pilot:
         raise ValueError(
             f"no points of the posterior were found: {tried}{error}"
         ) from error
-    found = _as_pilot(probe, jax.vmap(affine.forward)(probe.x))
+    found = _as_pilot(probe, to_x(affine, probe.x))
     return found._replace(
         num_energy_evaluations=found.num_energy_evaluations + num_energies,
         num_gradient_evaluations=found.num_gradient_evaluations + num_gradients,
@@ -134,11 +134,7 @@ def in_affine(energy: Energy, affine: Affine) -> Partial:
         energy: maps [D] to [], of x.
         affine: the map.
     """
-    return Partial(_energy_of_y, affine, energy)
-
-
-def _energy_of_y(affine: Affine, energy: Energy, y: Array) -> Array:
-    return energy(affine.forward(y)) - affine.log_det.astype(y.dtype)
+    return Partial(energy_in, affine, energy)
 
 
 @jax.jit
