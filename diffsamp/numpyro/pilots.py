@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 
 from diffsamp import mcmc, probes
-from diffsamp.energies import as_key
+from diffsamp.energies import as_energy, as_key
 from diffsamp.numpyro.affine import Affine, affine_from, energy_in
 from diffsamp.types import Array, Energy, Key, Target
 
@@ -134,7 +134,7 @@ def in_affine(energy: Energy, affine: Affine) -> Partial:
         energy: maps [D] to [], of x.
         affine: the map.
     """
-    return Partial(energy_in, affine, energy)
+    return Partial(energy_in, affine, as_energy(energy))
 
 
 @jax.jit
