@@ -33,6 +33,7 @@ from diffsamp.probes import Probe as Probe
 from diffsamp.sampler import Bounds as Bounds
 from diffsamp.sampler import Sampler as Sampler
 from diffsamp.standardise import Reference as Reference
+from diffsamp.standardise import laplace as laplace
 from diffsamp.standardise import prior_draws as prior_draws
 from diffsamp.standardise import reference_from as reference_from
 from diffsamp.standardise import short_mcmc as short_mcmc
@@ -99,6 +100,7 @@ __all__ = [
     "evaluate",
     "evidence",
     "fit",
+    "laplace",
     "load",
     "log_weights_of",
     "mcmc",

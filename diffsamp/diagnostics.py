@@ -90,6 +90,7 @@ MISSING_MASS_NEGLIGIBLE = 0.05
 
 _MIN_DRAWS = 25  # below, the tail min(N/5, 3 sqrt(N)) has fewer than five points
 _NEGLIGIBLE_SPREAD = 1e-3  # log of largest weight over tail cutoff; see pareto_smooth
+_NEGLIGIBLE_TAIL = 5e-3  # share of Z above the cutoff, drawn or not; see pareto_smooth
 _MAX_NAN_FRACTION = 0.01
 
 
@@ -100,10 +101,13 @@ class PSIS(NamedTuple):
         log_weight: smoothed log-weights on the scale of the input, [N].
         pareto_k: estimated shape k-hat of the upper tail, []; ``inf`` where none can be
             estimated.
+        tail_error: what the delta method does not see of the relative error of Z, [];
+            not zero only where k-hat was lowered because the tail holds so little.
     """
 
     log_weight: ArrayLike
     pareto_k: ArrayLike
+    tail_error: ArrayLike = 0.0
 
 
 class CoverageCheck(NamedTuple):
@@ -283,6 +287,17 @@ def pareto_smooth(log_weight: ArrayLike) -> PSIS:
     nothing, or next to nothing, is above the cutoff (the largest weight exceeds it by
     less than 0.1 %) the weights are constant for every practical purpose: k-hat is 0
     and nothing is smoothed. ArviZ reports ``inf`` for exact ties.
+
+    The shape of a tail is all noise where the weights are nearly equal, so that a
+    sampler would be refused for being too good. Let s be the mean exceedance over the
+    cutoff (weights at most equal to it count 0), and r that of a draw beyond the
+    largest one, u, by the fit, which happens about once in N:
+
+        r = u + (scale + k u) / (1 - k),    k < 1.
+
+    Where k-hat is 0.7 or more, but s + r / N below 0.5 % of the mean weight, the tail,
+    drawn or not, hardly matters: k-hat is given as 0.5, where its prior lies, and that
+    share as `PSIS.tail_error`, which the standard error of log Z then contains.
 
     Args:
         log_weight: log-weights, unnormalised, [N].
@@ -656,7 +671,7 @@ def _pareto_smooth(log_weight: Any, xp: Any) -> PSIS:
     inf = float("inf")
     log_weight = xp.where(xp.isnan(log_weight), -inf, log_weight)
     if num_draws < _MIN_DRAWS:
-        return PSIS(log_weight, xp.asarray(inf, dtype))
+        return PSIS(log_weight, xp.asarray(inf, dtype), xp.asarray(0.0, dtype))
     top = xp.max(log_weight)
     usable = xp.isfinite(top)  # neither all weights zero nor one infinite
     x = xp.where(usable, log_weight - xp.where(usable, top, 0.0), 0.0)
@@ -676,6 +691,11 @@ def _pareto_smooth(log_weight: Any, xp: Any) -> PSIS:
     k, scale = _fit_generalised_pareto(exceedance / unit, xp.maximum(length, 5.0), xp)
     fitted = usable & ~constant & (length > 4) & xp.isfinite(k) & (scale > 0)
 
+    last = exceedance[-1]
+    beyond = xp.where(k < 1, last + (unit * scale + k * last) / (1 - k), inf)
+    held = xp.exp(cutoff) * (xp.sum(exceedance) + beyond) / xp.sum(xp.exp(x))
+    lowered = fitted & (k >= PARETO_K_LIMIT) & (held < _NEGLIGIBLE_TAIL)
+
     rank = xp.arange(size).astype(dtype) - (size - length)
     p = xp.clip((rank + 0.5) / xp.maximum(length, 1.0), 0.0, 1 - 0.5 / size)
     log_survival = -xp.log1p(-p)
@@ -685,10 +705,12 @@ def _pareto_smooth(log_weight: Any, xp: Any) -> PSIS:
     smoothed = xp.minimum(cutoff + xp.log1p(unit * scale * quantile), 0.0)
     smoothed = xp.where(fitted & (tail > cutoff), smoothed, tail)
     ascending = xp.concatenate([ascending[: num_draws - size], smoothed])
+    reported = xp.where(lowered, 0.5, k)
     restored = ascending[xp.argsort(order)] + xp.where(usable, top, 0.0)
     return PSIS(
         log_weight=xp.where(fitted, restored, log_weight),
-        pareto_k=xp.where(constant, 0.0, xp.where(fitted, k, inf)),
+        pareto_k=xp.where(constant, 0.0, xp.where(fitted, reported, inf)),
+        tail_error=xp.where(lowered, held, 0.0),
     )
 
 

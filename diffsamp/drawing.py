@@ -181,7 +181,6 @@ def draw(
         else evidence.log_evidence(
             final.log_weight,
             target_log_weight=target_log_weight,
-            pareto_k=report.pareto_k,
         ),
         diagnostics=report,
     )

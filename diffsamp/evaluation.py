@@ -115,7 +115,7 @@ def evaluate(
         out["log_z_standard_error"] = draws.log_evidence.standard_error
         smoothed = draws.smoothed_log_weight
         assert smoothed is not None
-        found = evidence.log_evidence(smoothed, pareto_k=report.pareto_k)
+        found = evidence.log_evidence(smoothed)
         out["log_z_smoothed"] = found.estimate
         out["ess"], out["pareto_k"] = report.ess_fraction, report.pareto_k
     if target.log_z is not None:

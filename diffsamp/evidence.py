@@ -90,8 +90,9 @@ def log_evidence(
 ) -> LogEvidence:
     """Estimate of log Z with an error bar and bounds, from the sampler's own paths.
 
-    The standard error is that of the delta method, sd(w) / (mean(w) sqrt(N)). It is
-    infinite where k-hat is 0.7 or more, since nothing bounds the error then.
+    The standard error is that of the delta method, sd(w) / (mean(w) sqrt(N)), together
+    with `PSIS.tail_error` of `diagnostics.pareto_smooth`. It is infinite where k-hat is
+    0.7 or more, since nothing bounds the error then.
 
     Args:
         log_weight: log-weights of the sampler's own paths, [N].
@@ -119,8 +120,6 @@ def log_evidence(
         (True, None)
     """
     a = _host("log_weight", log_weight, nan=-math.inf)
-    if pareto_k is None:
-        pareto_k = float(diagnostics.pareto_smooth(a).pareto_k)
     estimate, standard_error = _log_mean(a, pareto_k)
     upper = None
     if target_log_weight is not None:
@@ -163,8 +162,6 @@ def log_z_from_target_draws(
         True
     """
     minus_b = -_host("target_log_weight", target_log_weight, nan=math.inf)
-    if pareto_k is None:
-        pareto_k = float(diagnostics.pareto_smooth(minus_b).pareto_k)
     log_inverse, standard_error = _log_mean(minus_b, pareto_k)
     return Estimate(-log_inverse, standard_error)
 
@@ -242,17 +239,21 @@ def _host(name: str, value: ArrayLike, *, nan: float) -> np.ndarray:
     return np.where(is_nan, nan, values)
 
 
-def _log_mean(a: np.ndarray, pareto_k: float) -> tuple[float, float]:
-    """Log of the mean weight and its delta-method standard error."""
+def _log_mean(a: np.ndarray, pareto_k: float | None) -> tuple[float, float]:
+    """Log of the mean weight and its standard error."""
     top = float(np.max(a))
     if not math.isfinite(top):
         return top, math.inf
     w = np.exp(a - top)
     mean = float(np.mean(w))
     estimate = top + math.log(mean)
+    tail_error = 0.0
+    if pareto_k is None:
+        pareto_k, tail_error = map(float, diagnostics.pareto_smooth(a)[1:])
     if a.size < 2 or not pareto_k < diagnostics.PARETO_K_LIMIT:
         return estimate, math.inf
-    return estimate, float(np.std(w, ddof=1)) / (mean * math.sqrt(a.size))
+    seen = float(np.std(w, ddof=1)) / (mean * math.sqrt(a.size))
+    return estimate, math.hypot(seen, tail_error)
 
 
 def _mean(a: np.ndarray, *, weakest: float) -> float:

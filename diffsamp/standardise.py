@@ -12,10 +12,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.scipy.optimize import minimize
 
 from diffsamp import mcmc
 from diffsamp.energies import as_energy, as_key
-from diffsamp.types import Array, Key, Target
+from diffsamp.types import Array, Energy, Key, Target
 
 Pilot = Callable[[Key, Target], tuple[Array, int]]
 
@@ -113,6 +114,47 @@ def prior_draws(num_draws: int = 1_000) -> Pilot:
     return pilot
 
 
+def laplace(num_starts: int = 8, num_draws: int = 1_000) -> Pilot:
+    """Pilot: the normal distribution that fits the energy at its lowest minimum.
+
+    BFGS from several starts, then the Hessian there. For one mode of about elliptic
+    shape; far from that `short_mcmc` is the better judge of size.
+
+    Args:
+        num_starts: starts, as the chains of `short_mcmc` start.
+        num_draws: draws N of the fitted distribution.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, diffsamp as ds
+        >>> def energy(x):
+        ...     return 50.0 * (x[0] - 3.0) ** 2
+        >>> target = ds.Target(energy=energy, dim=1)
+        >>> reference = ds.standardise(jax.random.key(0), target, ds.laplace())
+        >>> [round(float(a), 1) for a in (*reference.loc, *reference.scale)]
+        [3.0, 0.1]
+    """
+
+    def pilot(key, target):
+        start, draw = jax.random.split(key)
+        energy = as_energy(target.energy)
+        points = _starts(start, target, num_starts)
+        best, precision, evaluations = _laplace(energy, points)
+        values, vectors = np.linalg.eigh(np.asarray(precision, np.float64))
+        # Differences of 32-bit energies resolve no curvature below this share.
+        if not np.all(values > 1e-6 * values.max()):
+            raise ValueError(
+                "the Hessian at the lowest of "
+                f"{num_starts} minima has eigenvalues from {values.min():.3g} to "
+                f"{values.max():.3g}, so no normal distribution fits there; use "
+                "short_mcmc()"
+            )
+        noise = jax.random.normal(draw, (num_draws, target.dim), best.dtype)
+        factor = jnp.asarray(vectors / np.sqrt(values), best.dtype)
+        return best[None] + noise @ factor.T, int(evaluations) + target.dim
+
+    return pilot
+
+
 def short_mcmc(
     num_chains: int = 32, num_warmup: int = 100, num_draws: int = 50
 ) -> Pilot:
@@ -127,11 +169,7 @@ def short_mcmc(
 
     def pilot(key, target):
         start, run = jax.random.split(key)
-        if target.sample_prior is not None:
-            points = target.sample_prior(start, num_chains)
-        else:
-            noise = jax.random.normal(start, (num_chains, target.dim))
-            points = 2 * target.scale * noise
+        points = _starts(start, target, num_chains)
         draws, info = mcmc.run_hmc(
             run,
             as_energy(target.energy),
@@ -150,3 +188,22 @@ def short_mcmc(
         return draws[usable], int(info.num_gradient_evaluations)
 
     return pilot
+
+
+def _starts(key: Key, target: Target, n: int) -> Array:
+    if target.sample_prior is not None:
+        return target.sample_prior(key, n)
+    return 2 * target.scale * jax.random.normal(key, (n, target.dim))
+
+
+@jax.jit
+def _laplace(energy: Energy, points: Array):
+    """The lowest minimum [D], the Hessian there [D, D], gradient evaluations []."""
+
+    def descend(x):
+        found = minimize(energy, x, method="BFGS", tol=1e-5)
+        return found.x, found.fun, found.njev
+
+    minima, values, evaluations = jax.vmap(descend)(points)
+    best = minima[jnp.argmin(jnp.where(jnp.isfinite(values), values, jnp.inf))]
+    return best, jax.hessian(energy)(best), jnp.sum(evaluations)

@@ -44,8 +44,8 @@ def trained(name):
     return fit(
         objective=OBJECTIVES[name](),
         batch_size=128,
-        num_updates=400,
-        optimizer=optax.adam(1e-2),
+        num_updates=600,
+        optimizer=optax.adam(optax.cosine_decay_schedule(1e-2, 600)),
         ema_decay=None,
     )
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffsamp import diagnostics
+from diffsamp import diagnostics, evidence
 from diffsamp.diagnostics import CoverageCheck
 
 with warnings.catch_warnings():  # ArviZ announces its next version on import
@@ -52,6 +52,24 @@ def test_psis_is_that_of_arviz(name, num_draws):
     assert psis.log_weight.dtype == psis.pareto_k.dtype == jnp.float32
     # The largest weights are given to 6e-5 only at a log-weight of 700.
     assert float(psis.pareto_k) == pytest.approx(float(expected_k), abs=1e-3)
+
+
+def test_a_tail_that_holds_nothing_is_no_reason_for_distrust():
+    rng = np.random.default_rng(0)
+    lowered = []
+    for _ in range(300):  # weights of one and a little, of a tail of index 0.8
+        excess = np.expm1(0.8 * rng.exponential(size=2_000)) / 0.8
+        log_weight = np.log1p(1e-4 * excess)
+        psis = diagnostics.pareto_smooth(log_weight)
+        if psis.tail_error > 0:
+            assert psis.pareto_k == 0.5
+            log_z = evidence.log_evidence(log_weight)
+            error = log_z.estimate - np.log1p(1e-4 / 0.2)
+            lowered.append(abs(error) / log_z.standard_error)
+        heavy = diagnostics.pareto_smooth(np.log1p(0.1 * excess))
+        assert heavy.tail_error == 0
+    assert len(lowered) > 100
+    assert np.mean(np.array(lowered) < 2) > 0.95
 
 
 def test_psis_vmaps():

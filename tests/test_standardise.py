@@ -89,3 +89,16 @@ def test_short_mcmc_finds_a_shifted_target_of_unequal_scales():
     np.testing.assert_array_less(np.abs(np.array(reference.loc) - LOC), 0.5 * SCALE)
     np.testing.assert_allclose(reference.scale, SCALE, rtol=0.3)
     assert reference.num_gradient_evaluations > 16 * 130
+
+
+def test_laplace_finds_the_same():
+    reference = ds.standardise(jax.random.key(0), TARGET, ds.laplace(num_draws=4_000))
+    np.testing.assert_array_less(np.abs(np.array(reference.loc) - LOC), 0.1 * SCALE)
+    np.testing.assert_allclose(reference.scale, SCALE, rtol=0.05)
+    assert 3 < reference.num_gradient_evaluations < 2_000
+
+
+def test_laplace_where_nothing_fits():
+    flat = ds.Target(energy=lambda x: 0.5 * x[0] ** 2, dim=2)
+    with pytest.raises(ValueError, match=r"eigenvalues from 0 to 1.*short_mcmc"):
+        ds.standardise(jax.random.key(0), flat, ds.laplace())

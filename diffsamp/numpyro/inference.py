@@ -43,6 +43,7 @@ from diffsamp.drawing import Draws
 from diffsamp.energies import as_key
 from diffsamp.numpyro import pilots
 from diffsamp.numpyro.affine import Affine, affine_from
+from diffsamp.numpyro.arviz import to_arviz
 from diffsamp.numpyro.kernel import DiffusionKernel
 from diffsamp.numpyro.target import ModelTarget, target_from_model
 from diffsamp.sampler import Bounds, Sampler
@@ -404,6 +405,10 @@ class DiffusionSampler:
             name = f"num_{kind}_evaluations"
             counts[name] = int(getattr(cost, kind)) + (getattr(report, name) or 0)
         return report._replace(**counts)
+
+    def to_arviz(self, **options: Any) -> Any:
+        """The draws of `get_samples` for ArviZ; see `diffsamp.numpyro.to_arviz`."""
+        return to_arviz(self, **options)
 
     def print_summary(self, prob: float = 0.9) -> None:
         """Prints the table, the evidence and the verdict.

@@ -23,6 +23,9 @@ from numpyro import handlers
 from numpyro.infer import init_to_uniform
 from numpyro.infer.util import constrain_fn, initialize_model, unconstrain_fn
 
+from diffsamp.energies import as_key
+from diffsamp.numpyro.affine import Affine, affine_from
+from diffsamp.standardise import Pilot
 from diffsamp.types import Array, Key, Target
 
 
@@ -46,6 +49,8 @@ class ModelTarget(Target):
             integral of exp(-energy) is no marginal likelihood, and ``log_prior``,
             ``log_likelihood`` and ``sample_prior`` are None.
         initial: a point [D] where energy and gradient are finite.
+        affine: the map from this target's coordinates to NumPyro's unconstrained ones;
+            None where they are the same (see :meth:`standardised`).
     """
 
     unravel: Callable[[Array], dict[str, Array]] | None = None
@@ -54,6 +59,7 @@ class ModelTarget(Target):
     improper_sites: tuple[str, ...] = ()
     is_proper: bool = True
     initial: Array | None = None
+    affine: Affine | None = None
     _program: Any = dataclasses.field(default=None, repr=False)
 
     def with_data(self, *model_args: Any, **model_kwargs: Any) -> ModelTarget:
@@ -99,9 +105,43 @@ class ModelTarget(Target):
                 f"got {shapes}; call target_from_model for data of another size"
             )
 
-        def rebind(function):
-            return None if function is None else _bind(function, self._program, data)
+        return self._bind(data, self.affine, log_z=None)
 
+    def standardised(self, affine: Affine) -> ModelTarget:
+        """The same posterior in other coordinates y, with x = affine.forward(y).
+
+        Energy and prior hold the log-determinant, so log Z is the same.
+
+        Args:
+            affine: from y to this target's coordinates; maps follow one another.
+
+        Returns:
+            A target; ``modes`` is None, for it belonged to the coordinates.
+
+        Example:
+            >>> import jax, jax.numpy as jnp, numpyro, numpyro.distributions as dist
+            >>> from diffsamp.numpyro import affine_from, target_from_model
+            >>> def model():
+            ...     numpyro.sample("x", dist.Normal(100.0, 5.0))
+            >>> target = target_from_model(model)
+            >>> draws = target.sample_prior(jax.random.key(0), 1_000)
+            >>> unit = target.standardised(affine_from(draws))
+            >>> bool(jnp.std(unit.sample_prior(jax.random.key(1), 1_000)) < 1.1)
+            True
+        """
+        if self.affine is not None:
+            affine = Affine(
+                self.affine.forward(affine.loc), self.affine.matrix @ affine.matrix
+            )
+        return self._bind(self.energy.args[1], affine)
+
+    def _bind(self, data: tuple, affine: Affine | None, **changes: Any) -> ModelTarget:
+        def rebind(function):
+            if function is None:
+                return None
+            return Partial(function.func, self._program, data, affine)
+
+        initial = self._program.initial
         return dataclasses.replace(
             self,
             energy=rebind(self.energy),
@@ -110,9 +150,12 @@ class ModelTarget(Target):
             log_prior=rebind(self.log_prior),
             log_likelihood=rebind(self.log_likelihood),
             sample_prior=rebind(self.sample_prior),
-            log_z=None,
+            unravel=Partial(_unravel, self._program, affine),
+            initial=initial if affine is None else affine.inverse(initial),
+            affine=affine,
             modes=None,
             sample=None,
+            **changes,
         )
 
 
@@ -124,6 +167,7 @@ def target_from_model(
     key: Key | None = None,
     init_strategy: Callable = init_to_uniform,
     name: str | None = None,
+    standardise: Pilot | None = None,
 ) -> ModelTarget:
     """The posterior of a NumPyro model as a target.
 
@@ -149,12 +193,16 @@ def target_from_model(
             ``jax.random.key(0)``. It does not influence the energy.
         init_strategy: passed on to NumPyro's ``initialize_model``.
         name: short identifier used in tables; by default the model's name.
+        standardise: a pilot, such as ``ds.prior_draws()``, ``ds.laplace()`` or
+            ``ds.short_mcmc()``, whose draws give affine coordinates in which the
+            posterior is about a unit normal; None for NumPyro's unconstrained ones.
 
     Returns:
         A :class:`ModelTarget` with ``log_z=None``.
 
     Raises:
-        ValueError: when an argument is neither array, number nor hashable.
+        ValueError: when an argument is neither array, number nor hashable, and for
+            plates with a subsample_size.
         RuntimeError: when the model has no continuous latent site. NumPyro's own errors
             (no valid initial point, a discrete site that cannot be enumerated, a Delta
             latent, ...) pass through as they are; see its documentation.
@@ -175,21 +223,27 @@ def target_from_model(
         ['scale', 'variance']
     """
     key = jax.random.key(0) if key is None else key
+    for_pilot = jax.random.fold_in(as_key(key), 1)
     model_kwargs = {} if model_kwargs is None else dict(model_kwargs)
     model_args = tuple(model_args)
     data, structure = _split_data(model_args, model_kwargs)
     found = functools.partial(_initialize, key, model, init_strategy)
     try:
-        info, start = found(data, structure)
-    except _NEEDS_VALUES:
-        data, structure = (), _all_static(model_args, model_kwargs)
-        info, start = found(data, structure)
+        try:
+            info, start = found(data, structure)
+        except _NEEDS_VALUES:
+            data, structure = (), _all_static(model_args, model_kwargs)
+            info, start = found(data, structure)
+    except (RuntimeError, ValueError) as error:
+        _explain(error, model, model_args, model_kwargs)
+        raise
     name = str(getattr(model, "__name__", "model")) if name is None else name
     if not start:
         raise RuntimeError(
             f"model {name!r} has no continuous latent site, so there is nothing to "
             "sample; check that its sites are not all observed"
         )
+    _check_plates(info.model_trace)
     # One dtype for all sites makes `unravel` polymorphic: a target made in 32 bits can
     # be evaluated in 64.
     dtype = jnp.result_type(float)
@@ -219,30 +273,38 @@ def target_from_model(
         unravel=unravel,
         site_names=tuple(sorted(start)),
         structure=structure,
+        initial=initial,
         identity=_identity(model, frozen, unravel, structure),
     )
+
+    def bind(function):
+        return Partial(function, program, data, None)
+
     target = ModelTarget(
-        energy=Partial(_energy, program, data),
+        energy=bind(_energy),
         dim=int(initial.size),
         name=name,
-        constrain=Partial(_constrain, program, data),
-        unravel=unravel,
-        unconstrain=Partial(_unconstrain, program, data),
+        constrain=bind(_constrain),
+        unravel=Partial(_unravel, program, None),
+        unconstrain=bind(_unconstrain),
         site_names=program.site_names,
         improper_sites=improper,
         is_proper=not improper,
         initial=initial,
         _program=program,
     )
-    if improper or is_modified or is_enumerated:
+    if not (improper or is_modified or is_enumerated):
+        sample_prior = bind(_sample_prior)
+        target = dataclasses.replace(
+            target,
+            log_prior=bind(_log_prior),
+            log_likelihood=bind(_log_likelihood),
+            sample_prior=sample_prior if _can_sample(sample_prior) else None,
+        )
+    if standardise is None:
         return target
-    sample_prior = Partial(_sample_prior, program, data)
-    return dataclasses.replace(
-        target,
-        log_prior=Partial(_log_prior, program, data),
-        log_likelihood=Partial(_log_likelihood, program, data),
-        sample_prior=sample_prior if _can_sample(sample_prior) else None,
-    )
+    draws, _ = standardise(for_pilot, target)
+    return target.standardised(affine_from(draws))
 
 
 def _initialize(key, model, init_strategy, data, structure):
@@ -280,6 +342,41 @@ def _initialize(key, model, init_strategy, data, structure):
     return kept[-1], found.z
 
 
+def _check_plates(model_trace) -> None:
+    for site, message in model_trace.items():
+        if message["type"] != "plate":
+            continue
+        size, subsample_size = message["args"]
+        if subsample_size is not None and subsample_size != size:
+            raise ValueError(
+                f"plate {site!r} takes {subsample_size} of {size} rows at random; pass "
+                "all data and drop subsample_size: the energy of a mini-batch is a "
+                "random number, and weights and log Z need the true one (NumPyro's SVI "
+                "and HMCECS work with mini-batches)"
+            )
+
+
+def _explain(error, model, args, kwargs) -> None:
+    """Adds to NumPyro's error what it does not say."""
+    if "valid initial parameters" in str(error):
+        bad = []
+        started = handlers.substitute(
+            handlers.seed(model, jax.random.key(0)), substitute_fn=init_to_uniform()
+        )
+        trace = handlers.trace(started).get_trace(*args, **kwargs)
+        for site, message in trace.items():
+            if message["type"] == "sample":
+                log_prob = message["fn"].log_prob(message["value"])
+                if not bool(jnp.all(jnp.isfinite(log_prob))):
+                    bad.append(site)
+        if bad:
+            error.add_note(
+                f"diffsamp: the density is not finite at sites: {', '.join(bad)}; "
+                "check data and priors there, or pass an init_strategy that starts "
+                "where it is finite."
+            )
+
+
 @dataclasses.dataclass(frozen=True)
 class _Structure:
     """What of a model's arguments is static: their tree and the non-float leaves."""
@@ -298,6 +395,7 @@ class _Program:
     unravel: Callable
     site_names: tuple[str, ...]
     structure: _Structure
+    initial: Array
     identity: Hashable
 
     def __eq__(self, other):
@@ -383,25 +481,36 @@ def _merge_data(data: tuple, structure: _Structure) -> tuple[tuple, dict]:
     return jax.tree.unflatten(structure.treedef, merged)
 
 
-def _bind(function: Partial, program: _Program, data: tuple) -> Partial:
-    return Partial(function.func, program, data)
-
-
 # Eager calls of a NumPyro model cost hundreds of small compilations; `inline` leaves no
 # trace of this in a caller's own compiled code.
 _compiled = functools.partial(jax.jit, inline=True)
 
 
+def _unconstrained(affine: Affine | None, y: Array) -> Array:
+    return y if affine is None else affine.forward(y)
+
+
+def _log_det(affine: Affine | None, y: Array) -> Array:
+    zero = jnp.zeros((), y.dtype)
+    return zero if affine is None else affine.log_det.astype(y.dtype)
+
+
+def _unravel(program: _Program, affine: Affine | None, y: Array) -> dict[str, Array]:
+    return program.unravel(_unconstrained(affine, y))
+
+
 @_compiled
-def _energy(program: _Program, data: tuple, x: Array) -> Array:
-    """Minus the log joint density in unconstrained space; NaN counts as no density."""
+def _energy(program: _Program, data: tuple, affine: Affine | None, y: Array) -> Array:
+    """Minus the log joint density of y; NaN counts as no density."""
     args, kwargs = program.arguments(data)
-    value = program.potential_fn(*args, **kwargs)(program.unravel(x))
-    return jnp.where(jnp.isnan(value), jnp.inf, value)
+    value = program.potential_fn(*args, **kwargs)(_unravel(program, affine, y))
+    return jnp.where(jnp.isnan(value), jnp.inf, value) - _log_det(affine, y)
 
 
 @_compiled
-def _constrain(program: _Program, data: tuple, x: Array) -> dict[str, Array]:
+def _constrain(
+    program: _Program, data: tuple, affine: Affine | None, y: Array
+) -> dict[str, Array]:
     """Latent and deterministic sites at a flat point [D].
 
     Always by replay: supports may move with other sites, and NumPyro does not notice
@@ -412,19 +521,27 @@ def _constrain(program: _Program, data: tuple, x: Array) -> dict[str, Array]:
         handlers.seed(program.model, jax.random.key(0)),
         args,
         kwargs,
-        program.unravel(x),
+        _unravel(program, affine, y),
         return_deterministic=True,
     )
 
 
 @_compiled
-def _unconstrain(program: _Program, data: tuple, sites: Mapping[str, Array]) -> Array:
+def _unconstrain(
+    program: _Program,
+    data: tuple,
+    affine: Affine | None,
+    sites: Mapping[str, Array],
+) -> Array:
     args, kwargs = program.arguments(data)
     latent = {site: jnp.asarray(sites[site]) for site in program.site_names}
-    return ravel_pytree(unconstrain_fn(program.model, args, kwargs, latent))[0]
+    x = ravel_pytree(unconstrain_fn(program.model, args, kwargs, latent))[0]
+    return x if affine is None else affine.inverse(x)
 
 
-def _site_log_probs(program: _Program, data: tuple, x: Array) -> dict[str, Array]:
+def _site_log_probs(
+    program: _Program, data: tuple, affine: Affine | None, y: Array
+) -> dict[str, Array]:
     """Log-density of each site; `_<site>_log_det` are those of the transforms.
 
     A trace *around* NumPyro's potential sees every site the potential sums, so the
@@ -433,7 +550,7 @@ def _site_log_probs(program: _Program, data: tuple, x: Array) -> dict[str, Array
     args, kwargs = program.arguments(data)
     potential = program.potential_fn(*args, **kwargs)
     with handlers.trace() as trace:
-        potential(program.unravel(x))
+        potential(_unravel(program, affine, y))
     log_probs = {}
     for site, message in trace.items():
         if message["type"] == "sample":
@@ -454,24 +571,30 @@ def _no_nan(log_density: Array) -> Array:
 
 
 @_compiled
-def _log_prior(program: _Program, data: tuple, x: Array) -> Array:
+def _log_prior(
+    program: _Program, data: tuple, affine: Affine | None, y: Array
+) -> Array:
     prior = _prior_sites(program)
-    log_probs = _site_log_probs(program, data, x)
-    zero = jnp.zeros((), x.dtype)
-    return _no_nan(sum((v for s, v in log_probs.items() if s in prior), zero))
+    log_probs = _site_log_probs(program, data, affine, y)
+    log_det = _log_det(affine, y)
+    return _no_nan(sum((v for s, v in log_probs.items() if s in prior), log_det))
 
 
 @_compiled
-def _log_likelihood(program: _Program, data: tuple, x: Array) -> Array:
+def _log_likelihood(
+    program: _Program, data: tuple, affine: Affine | None, y: Array
+) -> Array:
     prior = _prior_sites(program)
-    log_probs = _site_log_probs(program, data, x)
-    zero = jnp.zeros((), x.dtype)
+    log_probs = _site_log_probs(program, data, affine, y)
+    zero = jnp.zeros((), y.dtype)
     return _no_nan(sum((v for s, v in log_probs.items() if s not in prior), zero))
 
 
-@functools.partial(jax.jit, static_argnums=3, inline=True)
-def _sample_prior(program: _Program, data: tuple, key: Key, n: int) -> Array:
-    """Draws of the latent sites in unconstrained coordinates, [n, D]; consumes key."""
+@functools.partial(jax.jit, static_argnums=4, inline=True)
+def _sample_prior(
+    program: _Program, data: tuple, affine: Affine | None, key: Key, n: int
+) -> Array:
+    """Draws of the latent sites in the target's coordinates, [n, D]; consumes key."""
     args, kwargs = program.arguments(data)
 
     def draw(key):
@@ -481,7 +604,8 @@ def _sample_prior(program: _Program, data: tuple, key: Key, n: int) -> Array:
         for site in program.site_names:
             support = trace[site]["fn"].support
             flat[site] = dist.biject_to(support).inv(trace[site]["value"])
-        return ravel_pytree(flat)[0]
+        x = ravel_pytree(flat)[0]
+        return x if affine is None else affine.inverse(x)
 
     return jax.vmap(draw)(jax.random.split(key, n))
 

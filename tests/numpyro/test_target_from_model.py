@@ -8,7 +8,8 @@ import numpyro.distributions as dist
 import pytest
 import scipy.stats
 
-from diffsamp.numpyro import ModelTarget, target_from_model
+import diffsamp as ds
+from diffsamp.numpyro import Affine, ModelTarget, target_from_model
 
 # NumPyro broadcasts in its own code.
 pytestmark = pytest.mark.relaxed("ranks", "dtypes")
@@ -249,29 +250,50 @@ def test_nan_density_counts_as_none():
     assert jnp.isfinite(target.energy(jnp.ones(1)))
 
 
-def test_errors_of_numpyro_pass_through():
-    def delta():
-        numpyro.sample("d", dist.Delta(1.0))
-        numpyro.sample("x", dist.Normal(0.0, 1.0))
+@pytest.mark.parametrize("pilot", [ds.prior_draws(500), ds.laplace(num_draws=500)])
+def test_standardised(pilot):
+    """Other coordinates: the same sites, the same log Z, about a unit normal."""
+    plain = target_from_model(scale_model, (Y,))
+    target = target_from_model(scale_model, (Y,), standardise=pilot)
+    assert plain.affine is None
+    assert target.affine is not None
+    ys = jax.random.normal(jax.random.key(0), (20, 2))
+    xs = jax.vmap(target.affine.forward)(ys)
+    log_det = np.linalg.slogdet(np.asarray(target.affine.matrix, np.float64))[1]
+    for name, constant in (("energy", -log_det), ("log_prior", log_det)):
+        one, other = (jax.vmap(getattr(t, name)) for t in (target, plain))
+        np.testing.assert_allclose(one(ys), other(xs) + constant, rtol=1e-4)
+    parts = jax.vmap(target.log_prior)(ys) + jax.vmap(target.log_likelihood)(ys)
+    np.testing.assert_allclose(jax.vmap(target.energy)(ys), -parts, rtol=1e-4)
+    sites = jax.vmap(target.constrain)(ys)
+    for name, values in jax.vmap(plain.constrain)(xs).items():
+        np.testing.assert_allclose(sites[name], values, rtol=1e-4)
+    back = jax.vmap(target.unconstrain)(sites)
+    np.testing.assert_allclose(back, ys, atol=2e-3)
+    np.testing.assert_allclose(target.unravel(ys[0])["mean"], xs[0, 0], rtol=1e-5)
+    draws = target.sample_prior(jax.random.key(1), 2_000)
+    of_plain = plain.sample_prior(jax.random.key(1), 2_000)
+    np.testing.assert_allclose(
+        jax.vmap(target.affine.forward)(draws), of_plain, rtol=1e-3, atol=1e-3
+    )
+    np.testing.assert_allclose(
+        target.affine.forward(target.initial), plain.initial, rtol=1e-4, atol=1e-4
+    )
+    other = target.with_data(2 * Y)
+    assert other.affine is target.affine
+    expected = plain.with_data(2 * Y).energy(xs[0]) - log_det
+    np.testing.assert_allclose(other.energy(ys[0]), expected, rtol=1e-4)
 
-    def poisson():
-        numpyro.sample("count", dist.Poisson(1.0))
 
-    def nan():
-        numpyro.sample("x", dist.Normal(0.0, 1.0))
-        numpyro.factor("bad", jnp.nan)
-
-    def observed():
-        numpyro.sample("x", dist.Normal(0.0, 1.0), obs=1.0)
-
-    with pytest.raises(ValueError, match="'d' has a delta distribution"):
-        target_from_model(delta)
-    with pytest.raises(RuntimeError, match="count"):
-        target_from_model(poisson)
-    with pytest.raises(RuntimeError, match="valid initial parameters"):
-        target_from_model(nan)
-    with pytest.raises(RuntimeError, match="no continuous latent site"):
-        target_from_model(observed)
+def test_maps_follow_one_another(scale):
+    first = Affine(jnp.array([1.0, -2.0]), jnp.array([[2.0, 0.0], [1.0, 0.5]]))
+    second = Affine(jnp.array([0.3, 0.1]), jnp.array([[0.5, 0.0], [-1.0, 3.0]]))
+    both = scale.standardised(first).standardised(second)
+    y = jnp.array([0.2, -0.4])
+    x = first.forward(second.forward(y))
+    np.testing.assert_allclose(both.affine.forward(y), x, rtol=1e-5)
+    expected = scale.energy(x) - first.log_det - second.log_det
+    np.testing.assert_allclose(both.energy(y), expected, rtol=1e-5)
 
 
 def test_a_model_that_needs_the_values_of_its_data():
