@@ -107,7 +107,7 @@ class PSIS(NamedTuple):
 
     log_weight: ArrayLike
     pareto_k: ArrayLike
-    tail_error: ArrayLike = 0.0
+    tail_error: ArrayLike | float = 0.0
 
 
 class CoverageCheck(NamedTuple):

@@ -148,6 +148,11 @@ class Recipe:
     anneal: Callable[[Array], Array] | None = None
     paths_per_condition: int = 1
 
+    @property
+    def begun(self) -> Recipe:
+        """All that a compiled update depends on: not where buffers start from."""
+        return dataclasses.replace(self, behaviour=self.behaviour.begun)
+
 
 def init(
     key: Key,
@@ -447,7 +452,7 @@ def fit(
         progress.first = int(state.count)
     total = None if num_updates is None else progress.first + num_updates
 
-    chunk = functools.partial(_chunk, recipe, updates_per_chunk or MAX_CHUNK)
+    chunk = functools.partial(_chunk, recipe.begun, updates_per_chunk or MAX_CHUNK)
     total_or_never = np.float32(np.inf if num_updates is None else num_updates)
     first = np.int32(progress.first)
 

@@ -316,6 +316,10 @@ def no_metrics(state: PyTree) -> dict[str, Array]:
     return {}
 
 
+def _has_begun(*_):
+    raise RuntimeError("this behaviour has begun; call init of the one it came from")
+
+
 class Behaviour(NamedTuple):
     """Where training paths come from, as pure functions.
 
@@ -333,3 +337,8 @@ class Behaviour(NamedTuple):
     update: Callable[..., tuple[PyTree, Cost]]
     provides: Provides
     metrics: Callable[..., dict[str, Array]] = no_metrics
+
+    @property
+    def begun(self) -> Behaviour:
+        """Itself without ``init``: all that a compiled update depends on."""
+        return self._replace(init=_has_begun)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -54,22 +56,6 @@ def _mixture(*members: tuple[Behaviour, float]) -> Behaviour:
             "behaviours.trust_region() cannot be mixed: its objective fits the paths "
             "of one sampler; use it alone"
         )
-    shares = np.array([share for _, share in members], np.float64)
-    shares /= shares.sum()
-
-    def split(request):
-        batch_size = num_rows(request)
-        ends = np.round(np.cumsum(shares) * batch_size).astype(int)
-        starts = ends - np.diff(ends, prepend=0)
-        if np.min(ends - starts) < 1:
-            raise ValueError(
-                f"batch_size={batch_size} leaves a member of the mixture without a "
-                "row; raise batch_size or the smallest share"
-            )
-        return [
-            jax.tree.map(lambda leaf, a=a, b=b: leaf[a:b], request)
-            for a, b in zip(starts, ends, strict=True)
-        ]
 
     def init(key, sampler, params, energy):
         keys = jax.random.split(key, len(behaviours))
@@ -81,36 +67,6 @@ def _mixture(*members: tuple[Behaviour, float]) -> Behaviour:
             [cost for _, cost in pairs]
         )
 
-    def propose(states, key, sampler, params, energy, request, count):
-        keys = jax.random.split(key, len(behaviours))
-        parts = [
-            b.propose(state, k, sampler, params, energy, rows, count)
-            for b, state, k, rows in zip(
-                behaviours, states, keys, split(request), strict=True
-            )
-        ]
-        return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
-
-    def update(states, key, sampler, params, energy, trajectories, proposal, count):
-        keys = jax.random.split(key, len(behaviours))
-        pairs = [
-            b.update(s, k, sampler, params, energy, trajectories, proposal, count)
-            for b, s, k in zip(behaviours, states, keys, strict=True)
-        ]
-        return tuple(state for state, _ in pairs), total_cost(
-            [cost for _, cost in pairs]
-        )
-
-    def metrics(states):
-        parts = [b.metrics(s) for b, s in zip(behaviours, states, strict=True)]
-        names = [name for part in parts for name in part]
-        if len(set(names)) < len(names):
-            parts = [
-                {f"{i}_{name}": value for name, value in part.items()}
-                for i, part in enumerate(parts)
-            ]
-        return {name: value for part in parts for name, value in part.items()}
-
     provides = Provides(
         simulated=any(b.provides.simulated for b in behaviours),
         on_policy=any(b.provides.on_policy for b in behaviours),
@@ -118,4 +74,65 @@ def _mixture(*members: tuple[Behaviour, float]) -> Behaviour:
         target_draws=any(b.provides.target_draws for b in behaviours),
         conditions=all(b.provides.conditions for b in behaviours),
     )
-    return Behaviour(init, propose, update, provides, metrics)
+    begun = tuple((b.begun, share) for b, share in members)
+    functions = [_Of(f, begun) for f in (_propose, _update, _metrics)]
+    return Behaviour(init, functions[0], functions[1], provides, functions[2])
+
+
+class _Of(NamedTuple):
+    """A function of the members; equal ones share compiled code."""
+
+    function: Callable
+    members: tuple[tuple[Behaviour, float], ...]
+
+    def __call__(self, *args):
+        return self.function(self.members, *args)
+
+
+def _propose(members, states, key, sampler, params, energy, request, count):
+    keys = jax.random.split(key, len(members))
+    parts = [
+        b.propose(state, k, sampler, params, energy, rows, count)
+        for (b, _), state, k, rows in zip(
+            members, states, keys, _split(members, request), strict=True
+        )
+    ]
+    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
+
+
+def _update(
+    members, states, key, sampler, params, energy, trajectories, proposal, count
+):
+    keys = jax.random.split(key, len(members))
+    pairs = [
+        b.update(s, k, sampler, params, energy, trajectories, proposal, count)
+        for (b, _), s, k in zip(members, states, keys, strict=True)
+    ]
+    return tuple(state for state, _ in pairs), total_cost([cost for _, cost in pairs])
+
+
+def _metrics(members, states):
+    parts = [b.metrics(s) for (b, _), s in zip(members, states, strict=True)]
+    names = [name for part in parts for name in part]
+    if len(set(names)) < len(names):
+        parts = [
+            {f"{i}_{name}": value for name, value in part.items()}
+            for i, part in enumerate(parts)
+        ]
+    return {name: value for part in parts for name, value in part.items()}
+
+
+def _split(members, request):
+    batch_size = num_rows(request)
+    shares = np.array([share for _, share in members], np.float64)
+    ends = np.round(np.cumsum(shares / shares.sum()) * batch_size).astype(int)
+    starts = ends - np.diff(ends, prepend=0)
+    if np.min(ends - starts) < 1:
+        raise ValueError(
+            f"batch_size={batch_size} leaves a member of the mixture without a "
+            "row; raise batch_size or the smallest share"
+        )
+    return [
+        jax.tree.map(lambda leaf, a=a, b=b: leaf[a:b], request)
+        for a, b in zip(starts, ends, strict=True)
+    ]

@@ -34,11 +34,13 @@ def reference_draws(draws: Array) -> Behaviour:
             )
         return points, FREE
 
-    def propose(points, key, sampler, params, energy, request, count):
-        del count
-        pick, walk = jax.random.split(key)
-        index = jax.random.randint(pick, (num_rows(request),), 0, points.shape[0])
-        paths = trace_back(walk, sampler, params, energy, points[index])
-        return proposal(paths, target_draws=True)
+    return Behaviour(init, _propose, keep_state, Provides(target_draws=True))
 
-    return Behaviour(init, propose, keep_state, Provides(target_draws=True))
+
+def _propose(points, key, sampler, params, energy, request, count):
+    """At the top level, so that other points do not compile an update again."""
+    del count
+    pick, walk = jax.random.split(key)
+    index = jax.random.randint(pick, (num_rows(request),), 0, points.shape[0])
+    paths = trace_back(walk, sampler, params, energy, points[index])
+    return proposal(paths, target_draws=True)

@@ -7,6 +7,7 @@ draws; their ``log_weight`` is among the sample statistics.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 from typing import TYPE_CHECKING, Any
 
@@ -35,12 +36,10 @@ def to_arviz(inference: DiffusionSampler, **options: Any) -> Any:
         RuntimeError: before `DiffusionSampler.run`.
     """
     inference.get_samples()  # says what to do where nothing is drawn yet
-    try:
+    with contextlib.suppress(ImportError):
         base = importlib.import_module("arviz_base")
-    except ImportError:
-        base = None
-    if hasattr(base, "NumPyroInferenceAdapter"):
-        return base.from_numpyro(_adapter(base, inference), **options)
+        if hasattr(base, "NumPyroInferenceAdapter"):
+            return base.from_numpyro(_adapter(base, inference), **options)
     try:
         arviz = importlib.import_module("arviz")
     except ImportError as error:

@@ -42,12 +42,11 @@ from diffsamp.diagnostics import Diagnostics
 from diffsamp.drawing import Draws
 from diffsamp.energies import as_key
 from diffsamp.numpyro import pilots
-from diffsamp.numpyro.affine import Affine, affine_from
+from diffsamp.numpyro.affine import affine_from
 from diffsamp.numpyro.arviz import to_arviz
 from diffsamp.numpyro.kernel import DiffusionKernel
 from diffsamp.numpyro.target import ModelTarget, target_from_model
 from diffsamp.sampler import Bounds, Sampler
-from diffsamp.standardise import reference_from
 from diffsamp.summary import summary as table
 from diffsamp.summary import verdict_lines
 from diffsamp.types import Behaviour, Cost, Key, LogEvidence, Objective, Params
@@ -63,10 +62,9 @@ class Trained(NamedTuple):
     """Everything that was found out about one posterior.
 
     Attributes:
-        target: the posterior.
-        affine: coordinates in which the sampler works.
-        pilot: the points that it was trained on.
-        probe: independent points in these coordinates.
+        target: the posterior, in the affine coordinates in which the sampler works.
+        pilot: the points that it was trained on, in these coordinates.
+        probe: independent points.
         sampler: the sampler.
         params: its parameters.
         fit: result of the last training call.
@@ -75,7 +73,6 @@ class Trained(NamedTuple):
     """
 
     target: ModelTarget
-    affine: Affine
     pilot: pilots.Pilot
     probe: probes.Probe
     sampler: Sampler
@@ -85,13 +82,12 @@ class Trained(NamedTuple):
     seconds: float
 
 
-def default_sampler(dim: int, num_steps: int, **reference: Any) -> Sampler:
+def default_sampler(dim: int, num_steps: int) -> Sampler:
     """The sampler of `DiffusionSampler`: DIS with learned generation variance.
 
     Args:
         dim: dimension D.
         num_steps: steps K.
-        **reference: ``loc`` and ``scale``.
     """
     return samplers.dis(
         dim,
@@ -99,7 +95,6 @@ def default_sampler(dim: int, num_steps: int, **reference: Any) -> Sampler:
         schedule=schedules.geometric(0.05),
         network=networks.free(learn_variance=True),
         generation_bounds=Bounds(log_variance=2.0),
-        **reference,
     )
 
 
@@ -110,8 +105,8 @@ class DiffusionSampler:
 
     Args:
         model: a NumPyro model.
-        sampler: ``(dim, num_steps, loc=, scale=) -> Sampler``; such as
-            ``ds.samplers.dds``.
+        sampler: ``(dim, num_steps) -> Sampler``, such as ``ds.samplers.dds``; for a
+            posterior that is about a unit normal.
         objective: of the second stage of training; `objectives.log_variance` by
             default.
         behaviour: of that stage; by default half own paths, half paths into the
@@ -216,8 +211,7 @@ class DiffusionSampler:
         self._remember(args, kwargs)
         if state is None:
             state = self._prepare(for_target, for_pilots)
-        seconds = state.seconds
-        energy = pilots.in_affine(state.target.energy, state.affine)
+        seconds, energy = state.seconds, state.target.energy
         options = {"callback": callback, "progress_bar": progress_bar}
         stages = self._stages(state, num_updates)
         for i, (objective, behaviour, budget, judged) in enumerate(stages):
@@ -311,7 +305,7 @@ class DiffusionSampler:
             state.sampler,
             state.params,
             self.model,
-            affine=state.affine,
+            affine=state.target.affine,
             init_strategy=self._init_strategy,
             **options,
         )
@@ -371,10 +365,11 @@ class DiffusionSampler:
         Raises:
             RuntimeError: before `run`.
         """
-        draws, state = self._drawn(), self._trained()
+        draws, affine = self._drawn(), self._trained().target.affine
         assert draws.log_weight is not None
+        assert affine is not None
         fields = {
-            "potential_energy": draws.energy + float(state.affine.log_det),
+            "potential_energy": draws.energy + float(affine.log_det),
             "log_weight": draws.log_weight,
         }
         fields = {name: values[self._index] for name, values in fields.items()}
@@ -451,29 +446,38 @@ class DiffusionSampler:
         same = old_tree == new_tree and len(old) == len(new)
         return same and all(np.array_equal(a, b) for a, b in zip(old, new, strict=True))
 
-    def _prepare(self, for_target, key) -> Trained:
-        begin = time.perf_counter()
-        target = target_from_model(
+    def _target(self, key) -> ModelTarget:
+        """That of the data before with new values, where that is all that differs."""
+        if self.state is not None:
+            try:
+                found = self.state.target.with_data(*self._args, **self._kwargs)
+            except ValueError:
+                pass  # data of another size, or other static arguments
+            else:  # which has its compiled code
+                return found.standardised(None)
+        return target_from_model(
             self.model,
             self._args,
             self._kwargs,
-            key=for_target,
+            key=key,
             init_strategy=self._init_strategy,
         )
+
+    def _prepare(self, for_target, key) -> Trained:
+        begin = time.perf_counter()
+        target = self._target(for_target)
         first, second, for_params = jax.random.split(key, 3)
         found = [
             pilots.find(k, target, num_particles=self._num_particles)
             for k in (first, second)
         ]
         affine = affine_from(found[0].x)
-        probe = probes.Probe(x=pilots.to_y(affine, found[1].x), name=found[1].name)
-        reference = reference_from(pilots.to_y(affine, found[0].x)).arguments
-        sampler = self._make_sampler(target.dim, self._num_steps, **reference)
+        pilot, other = (p._replace(x=pilots.to_y(affine, p.x)) for p in found)
+        sampler = self._make_sampler(target.dim, self._num_steps)
         return Trained(
-            target=target,
-            affine=affine,
-            pilot=found[0],
-            probe=probe,
+            target=target.standardised(affine),
+            pilot=pilot,
+            probe=probes.Probe(x=other.x, name=other.name),
             sampler=sampler,
             params=sampler.init(for_params),
             fit=None,
@@ -483,8 +487,7 @@ class DiffusionSampler:
 
     def _stages(self, state: Trained, num_updates: int | None):
         """``(objective, behaviour, budget, judged)``, one after the other."""
-        y = pilots.to_y(state.affine, state.pilot.x)
-        seeded = behaviours.reference_draws(y)
+        seeded = behaviours.reference_draws(state.pilot.x)
         both = self._behaviour or behaviours.mixture(
             (behaviours.on_policy(), 0.5), (seeded, 0.5)
         )
@@ -511,22 +514,25 @@ class DiffusionSampler:
 
     def _draw(self, key, num_draws) -> Draws:
         state = self._trained()
-        energy = pilots.in_affine(state.target.energy, state.affine)
         return drawing.draw(
-            key, state.sampler, state.params, energy, num_draws, probe=state.probe
+            key,
+            state.sampler,
+            state.params,
+            state.target.energy,
+            num_draws,
+            probe=state.probe,
         )
 
     def _constrained(self, y) -> dict[str, jax.Array]:
-        state = self._trained()
-        return _constrain_all(state.target.constrain, state.affine, jnp.asarray(y))
+        return _constrain_all(self._trained().target.constrain, jnp.asarray(y))
 
 
 _NO_EVIDENCE = LogEvidence(np.nan, np.inf, np.nan, None)
 
 
 @jax.jit
-def _constrain_all(constrain, affine, y):
-    return jax.vmap(lambda v: constrain(affine.forward(v)))(y)
+def _constrain_all(constrain, y):
+    return jax.vmap(constrain)(y)
 
 
 def _add(cost: Cost, result: Any) -> Cost:

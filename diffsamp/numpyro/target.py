@@ -107,13 +107,14 @@ class ModelTarget(Target):
 
         return self._bind(data, self.affine, log_z=None)
 
-    def standardised(self, affine: Affine) -> ModelTarget:
+    def standardised(self, affine: Affine | None) -> ModelTarget:
         """The same posterior in other coordinates y, with x = affine.forward(y).
 
         Energy and prior hold the log-determinant, so log Z is the same.
 
         Args:
-            affine: from y to this target's coordinates; maps follow one another.
+            affine: from y to this target's coordinates; maps follow one another. None
+                for NumPyro's unconstrained coordinates again.
 
         Returns:
             A target; ``modes`` is None, for it belonged to the coordinates.
@@ -129,7 +130,7 @@ class ModelTarget(Target):
             >>> bool(jnp.std(unit.sample_prior(jax.random.key(1), 1_000)) < 1.1)
             True
         """
-        if self.affine is not None:
+        if affine is not None and self.affine is not None:
             affine = Affine(
                 self.affine.forward(affine.loc), self.affine.matrix @ affine.matrix
             )

@@ -1,5 +1,7 @@
 """DiffusionSampler: from a model to draws, evidence and a verdict."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -76,7 +78,7 @@ def test_shapes_are_those_of_mcmc(inference):
 
 
 def test_potential_energies_are_in_the_models_coordinates(inference):
-    energy = inference.state.target.energy
+    energy = inference.state.target.standardised(None).energy
     x = inference.get_samples()["mean"][:20]
     expected = jax.vmap(energy)(x[:, None])
     found = inference.get_extra_fields()["potential_energy"][:20]
@@ -125,6 +127,27 @@ def test_trained_once_for_the_same_data(inference, monkeypatch):
     monkeypatch.setattr(inference, "fit", lambda *_, **__: pytest.fail("trained"))
     inference.run(jax.random.key(3), 100, y=jnp.array(DATA))
     assert inference.num_samples == 100
+
+
+def test_new_data_of_equal_shape_do_not_compile_the_training_again(inference):
+    compiled = []
+    listener = functools.partial(_note, compiled)
+    jax.monitoring.register_event_duration_secs_listener(listener)
+    try:
+        inference.fit(jax.random.key(0), 20, y=DATA + 1.0, progress_bar=False)
+        inference.run(jax.random.key(1), 2_000, y=DATA + 1.0)
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listener)
+    assert sum(compiled) < 2.0  # of about 15 seconds
+    expected = float(jnp.sum(DATA + 1.0)) / PRECISION
+    samples, log_weight = inference.get_weighted_samples()
+    mean = np.exp(log_weight) @ np.asarray(samples["mean"])
+    assert mean == pytest.approx(expected, abs=0.05)
+
+
+def _note(found, event, seconds, **_):
+    if event.endswith("backend_compile_duration"):
+        found.append(seconds)
 
 
 @pytest.mark.slow
