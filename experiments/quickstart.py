@@ -40,7 +40,7 @@ OBJECTIVES = {
 
 def find_target(name):
     """Target, and the packaged posterior it comes from or None."""
-    known = {p.name: p for p in posteriors.all_posteriors()}
+    known = {p.name: p for p in posteriors.all_posteriors() if p.modes is not None}
     if name in known:
         return known[name].target(), known[name]
     if name in ds.targets.all_targets():

@@ -324,6 +324,15 @@ class DiffusionSampler:
         assert self._index is not None
         return len(self._index)
 
+    @property
+    def draws(self) -> Draws:
+        """All draws, in the coordinates of ``state.target``, with their weights.
+
+        Raises:
+            RuntimeError: before `run`.
+        """
+        return self._drawn()
+
     def get_samples(self, group_by_chain: bool = False) -> dict[str, jax.Array]:
         """Equally weighted draws, resampled, with deterministic sites.
 

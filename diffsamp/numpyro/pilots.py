@@ -21,6 +21,7 @@ from diffsamp.types import Array, Energy, Key, Target
 
 _NUM_CHAINS = 32
 _ITERATIONS = 60
+_TREE_DEPTH = 6  # of NUTS in coordinates fitted before; deeper, one chain delays all
 _WIDER = 2.0  # standard deviations of a fitted Gaussian to temper from
 
 
@@ -116,11 +117,17 @@ def _short_chains(key: Key, target: Target):
     # What lies much lower than the best has no mass, however many paths end there.
     near = energies <= jnp.min(energies) + 10 + 2 * target.dim
     logits = jnp.where(near, 0.0, -jnp.inf)
-    index = jax.random.categorical(pick, logits, shape=(_NUM_CHAINS,))
+    chosen = points[jax.random.categorical(pick, logits, shape=(_NUM_CHAINS,))]
+    affine = affine_from(chosen)
     draws, info = mcmc.run_hmc(
-        run, target.energy, points[index], num_warmup=150, num_draws=50
+        run,
+        in_affine(target.energy, affine),
+        to_y(affine, chosen),
+        num_warmup=150,
+        num_draws=50,
+        max_tree_depth=_TREE_DEPTH,
     )
-    draws = draws.reshape(-1, target.dim)
+    draws = to_x(affine, draws.reshape(-1, target.dim))
     draws = draws[jnp.all(jnp.isfinite(draws), axis=1)]
     per_path = _ITERATIONS * 50 + 20
     num_gradients = _NUM_CHAINS * _ITERATIONS + int(info.num_gradient_evaluations)

@@ -26,12 +26,15 @@ class Posterior:
         name: identifier, as in :func:`diffsamp.posteriors.by_name`.
         model: NumPyro model, a function of the keyword arguments in ``data()``.
         data: the observed data, ``() -> dict``, fresh NumPy arrays.
-        shapes: shape of each site that the reference draws cover.
+        shapes: shape of each site that the reference draws cover; some are
+            deterministic.
         dim: number of unconstrained dimensions D.
-        log_evidence: log of the integral of the model's density.
+        log_evidence: log of the integral of the model's density; None where priors are
+            improper.
         log_evidence_se: its standard error.
-        modes: separated modes, on the flat unconstrained point [D].
-        minor_modes: a finer partition of the same space.
+        modes: separated modes, on the flat unconstrained point [D], or None.
+        minor_modes: a finer partition of the same space, or None.
+        x64: whether the model needs 64-bit floats.
         note: what makes the geometry interesting.
 
     Example:
@@ -48,10 +51,11 @@ class Posterior:
     data: Callable[[], dict[str, Any]]
     shapes: Mapping[str, tuple[int, ...]]
     dim: int
-    log_evidence: float
-    log_evidence_se: float
-    modes: Modes
-    minor_modes: Modes
+    log_evidence: float | None
+    log_evidence_se: float | None
+    modes: Modes | None = None
+    minor_modes: Modes | None = None
+    x64: bool = False
     note: str = ""
 
     def target(self, key: jax.Array | None = None) -> ModelTarget:
@@ -110,7 +114,7 @@ class Posterior:
         """Thinned reference draws in the model's own parameters, site to [n, *shape].
 
         ``flatten`` names their scalars; ``jax.vmap(target.unconstrain)`` makes flat
-        points of them.
+        points of them, where they cover all latent sites.
         """
         with np.load(_DATA / f"{self.name}_draws.npz") as stored:
             columns = dict(
@@ -121,6 +125,15 @@ class Posterior:
             stacked = [columns[site + _suffix(index)] for index in np.ndindex(*shape)]
             sites[site] = np.stack(stacked, 1).reshape(-1, *shape)
         return sites
+
+
+def evidence_of(name: str) -> dict[str, float | None]:
+    """``log_evidence`` and its standard error, of the reference of that name."""
+    found = load_json(f"{name}_reference.json").get("log_evidence", {})
+    return {
+        "log_evidence": found.get("value"),
+        "log_evidence_se": found.get("se"),
+    }
 
 
 def load_json(name: str) -> dict[str, Any]:
