@@ -43,6 +43,7 @@ from diffsamp.types import (
     Params,
     Proposal,
     Request,
+    Trajectory,
     counted,
     total_cost,
 )
@@ -203,6 +204,71 @@ def init(
     return state, cost
 
 
+def batch_loss(
+    params: Params,
+    objective: Objective,
+    objective_state: Any,
+    sampler: Sampler,
+    energy: Energy,
+    proposal: Proposal | None,
+    request: Request,
+    *,
+    keys: tuple[Key, Key],
+    count: Array,
+) -> tuple[Array, tuple[Proposal, Trajectory, Any, dict[str, Any], Array]]:
+    """The loss of one batch of paths; to be differentiated.
+
+    Args:
+        params: ``{"sampler": ..., "objective": ...}``.
+        objective: the objective.
+        objective_state: its state.
+        sampler: the sampler.
+        energy: maps [D] to [].
+        proposal: the paths, or None to simulate them with gradients.
+        request: conditions and groups of the rows.
+        keys: for paths that are simulated here, and for the objective; consumed.
+        count: updates done before, [].
+
+    Returns:
+        The loss, and the paths, their scores (and those with gradients, or None), what
+        the objective adds, and the share of steps whose kernels' variances differ too
+        much.
+    """
+    for_paths, for_loss = keys
+    condition = request.condition if sampler.condition_dim else None
+    rollouts = None
+    if proposal is None:
+        each = jax.random.split(for_paths, request.group.shape[0])
+        roll = jax.vmap(sampler.rollout, in_axes=(None, 0, None, 0))
+        rollouts, paths = roll(params["sampler"], each, energy, condition)
+        proposal = common.proposal(paths, simulated=True, on_policy=True)
+    score = jax.vmap(sampler.score_with_variances, in_axes=(None, 0, 0))
+    trajectories, log_ratios = score(params["sampler"], proposal.paths, condition)
+    batch = _batch(
+        sampler, energy, request, for_loss, count, proposal, trajectories, rollouts
+    )
+    value, extra = objective.loss(params, objective_state, batch)
+    outside = variances.share_outside(log_ratios)
+    return value, (proposal, trajectories, rollouts, extra, outside)
+
+
+def _batch(sampler, energy, request, key, count, proposal, trajectories, rollouts):
+    return Batch(
+        trajectories=trajectories,
+        rollouts=rollouts,
+        paths=proposal.paths,
+        on_policy=proposal.on_policy,
+        target_draws=proposal.target_draws,
+        condition=request.condition,
+        group=request.group,
+        count=count,
+        key=key,
+        sampler=sampler,
+        energy=energy,
+        anchor=proposal.anchor,
+    )
+
+
 def step(
     recipe: Recipe,
     state: TrainState,
@@ -228,7 +294,6 @@ def step(
     current = state.params["sampler"]
     differentiable = objective.requires.simulation_gradient
     request = _request(jax.random.fold_in(key, 3), recipe, conditions)
-    condition = request.condition if sampler.condition_dim else None
     proposal = None
     if not differentiable:
         proposal = behaviour.propose(
@@ -241,36 +306,18 @@ def step(
             state.count,
         )
 
-    def batch_of(own, trajectories, rollouts):
-        return Batch(
-            trajectories=trajectories,
-            rollouts=rollouts,
-            paths=own.paths,
-            on_policy=own.on_policy,
-            target_draws=own.target_draws,
-            condition=request.condition,
-            group=request.group,
-            count=state.count,
-            key=for_loss,
-            sampler=sampler,
-            energy=energy,
-            anchor=own.anchor,
-        )
-
     def loss(params):
-        if proposal is None:
-            keys = jax.random.split(for_paths, recipe.batch_size)
-            roll = jax.vmap(sampler.rollout, in_axes=(None, 0, None, 0))
-            rollouts, paths = roll(params["sampler"], keys, energy, condition)
-            own = common.proposal(paths, simulated=True, on_policy=True)
-        else:
-            rollouts, own = None, proposal
-        score = jax.vmap(sampler.score_with_variances, in_axes=(None, 0, 0))
-        trajectories, log_ratios = score(params["sampler"], own.paths, condition)
-        batch = batch_of(own, trajectories, rollouts)
-        value, extra = objective.loss(params, state.objective_state, batch)
-        outside = variances.share_outside(log_ratios)
-        return value, (own, trajectories, rollouts, extra, outside)
+        return batch_loss(
+            params,
+            objective,
+            state.objective_state,
+            sampler,
+            energy,
+            proposal,
+            request,
+            keys=(for_paths, for_loss),
+            count=state.count,
+        )
 
     (value, aux), gradient = jax.value_and_grad(loss, has_aux=True)(state.params)
     own, trajectories, rollouts, extra, outside = aux
@@ -284,7 +331,9 @@ def step(
         updates = jax.tree.map(lambda u: u * jnp.asarray(factor, u.dtype), updates)
     params: Any = optax.apply_updates(state.params, updates)
     average = _average(recipe.ema_decay, state, params["sampler"])
-    batch = batch_of(own, trajectories, rollouts)
+    batch = _batch(
+        sampler, energy, request, for_loss, state.count, own, trajectories, rollouts
+    )
     objective_state = objective.update(params, state.objective_state, batch)
     kept = jax.tree.map(
         lambda new, old: jnp.where(good, new, old),

@@ -4,6 +4,7 @@ from diffsamp.numpyro import pilots as pilots
 from diffsamp.numpyro.affine import Affine as Affine
 from diffsamp.numpyro.affine import affine_from as affine_from
 from diffsamp.numpyro.arviz import to_arviz as to_arviz
+from diffsamp.numpyro.elbo import PathELBO as PathELBO
 from diffsamp.numpyro.guide import AutoDiffusion as AutoDiffusion
 from diffsamp.numpyro.inference import DiffusionSampler as DiffusionSampler
 from diffsamp.numpyro.inference import Trained as Trained

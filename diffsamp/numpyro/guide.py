@@ -107,6 +107,15 @@ class AutoDiffusion(AutoContinuous):
         """What a network that is shown scores sees; others need not pay for it."""
         if not self.sampler.needs_score:
             return _flat
+        return self.energy(*args, **kwargs)
+
+    def energy(self, *args: Any, **kwargs: Any) -> Callable:
+        """The posterior's energy in the guide's coordinates, [D] to [].
+
+        Args:
+            *args: arguments of the model.
+            **kwargs: keyword arguments of the model.
+        """
         potential = self._potential_fn_gen(*args, **kwargs)
 
         def energy(x):

@@ -82,12 +82,13 @@ class Trained(NamedTuple):
     seconds: float
 
 
-def default_sampler(dim: int, num_steps: int) -> Sampler:
+def default_sampler(dim: int, num_steps: int, **reference: Any) -> Sampler:
     """The sampler of `DiffusionSampler`: DIS with learned generation variance.
 
     Args:
         dim: dimension D.
         num_steps: steps K.
+        **reference: ``loc`` and ``scale``, where they are not 0 and 1.
     """
     return samplers.dis(
         dim,
@@ -95,6 +96,7 @@ def default_sampler(dim: int, num_steps: int) -> Sampler:
         schedule=schedules.geometric(0.05),
         network=networks.free(learn_variance=True),
         generation_bounds=Bounds(log_variance=2.0),
+        **reference,
     )
 
 

@@ -17,10 +17,11 @@ from numpyro.infer import (
     TraceGraph_ELBO,
     TraceMeanField_ELBO,
 )
+from numpyro.infer.autoguide import AutoNormal
 from tables import mostly_slow
 
 import diffsamp as ds
-from diffsamp.numpyro import AutoDiffusion, target_from_model
+from diffsamp.numpyro import AutoDiffusion, PathELBO, target_from_model
 
 pytestmark = pytest.mark.relaxed("dtypes", "ranks")
 
@@ -103,6 +104,39 @@ def test_every_elbo_takes_it(name):
     assert draws["loc"].shape == (4, 2, 2)
     assert draws["scale"].shape == draws["sum"].shape == (4, 2)
     np.testing.assert_allclose(draws["sum"], draws["loc"].sum(-1), rtol=1e-5)
+
+
+OBJECTIVES = {
+    "log_variance": ds.objectives.log_variance,
+    "reverse_kl": ds.objectives.reverse_kl,
+    "log_derivative": ds.objectives.reverse_kl_log_derivative,
+}
+
+
+@pytest.mark.parametrize("name", mostly_slow(OBJECTIVES, "log_variance"))
+def test_our_objectives_as_losses(name):
+    """After training by SVI.run the draws' weights are nearly equal."""
+    loss = PathELBO(OBJECTIVES[name](), num_particles=64)
+    svi, guide = svi_of(loss=loss, rate=1e-2)
+    result = svi.run(jax.random.key(0), 300, DATA, progress_bar=False)
+    assert np.all(np.isfinite(result.losses))
+    energy = guide.energy(DATA)
+
+    def ess(params):
+        draws = ds.draw(jax.random.key(1), guide.sampler, params, energy, 1_000)
+        return draws.diagnostics.ess_fraction
+
+    before = ess(guide.sampler.init(jax.random.key(0)))
+    assert ess(guide.params_of(result.params)) > max(2 * before, 0.3)
+
+
+def test_losses_that_cannot_be():
+    svi, _ = svi_of(loss=PathELBO(ds.objectives.trajectory_balance()))
+    with pytest.raises(ValueError, match=r"own paths.*diffsamp\.fit"):
+        svi.run(jax.random.key(0), 2, DATA, progress_bar=False)
+    other = SVI(model, AutoNormal(model), optax.adam(1e-3), PathELBO())
+    with pytest.raises(ValueError, match="must be an AutoDiffusion, got AutoNormal"):
+        other.run(jax.random.key(0), 2, DATA, progress_bar=False)
 
 
 @pytest.fixture(scope="module")
