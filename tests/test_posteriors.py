@@ -176,7 +176,7 @@ def test_two_sinusoids_by_quadrature():
 
 
 def test_wrong_arguments_are_explained():
-    with pytest.raises(ValueError, match="must be one of ark, .*galaxies_mixture"):
+    with pytest.raises(ValueError, match=r"must be one of ark, .*galaxies_mixture"):
         by_name("galaxies")
     with pytest.raises(ValueError, match=r"samples\['w'\] must have shape \[n, 3\]"):
         by_name("galaxies_mixture").flatten({"w": np.zeros((5, 2))})

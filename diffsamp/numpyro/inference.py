@@ -8,15 +8,17 @@ What `DiffusionSampler` does by default, each step a function of its own elsewhe
 3. Training of a `samplers.dis` with learned generation variance and a network that is
    shown no score, in rounds: first by `objectives.forward_kl` on paths traced back from
    the pilot's points, then by `objectives.log_variance` on these and its own paths. An
-   update so costs one energy per path, and no gradient.
-4. After each round: draws, weights, and the verdict with an independent probe (a second
-   pilot). It says whether another round is needed.
+   update so costs one energy per path, and no gradient. The noise ends at the width of
+   the narrowest mode (`pilots.smallest_scale`).
+4. After each stage: draws, weights, and the verdict with an independent probe (a second
+   pilot). It says whether to go on; at the end the best state so judged is kept.
 
 The pilot only proposes; draws and log Z are those of the sampler's exact weights.
 """
 
 from __future__ import annotations
 
+import functools
 import time
 import warnings
 from collections.abc import Callable
@@ -38,7 +40,7 @@ from diffsamp import (
     schedules,
     training,
 )
-from diffsamp.diagnostics import Diagnostics
+from diffsamp.diagnostics import PARETO_K_LIMIT, Diagnostics
 from diffsamp.drawing import Draws
 from diffsamp.energies import as_key
 from diffsamp.numpyro import pilots
@@ -51,11 +53,11 @@ from diffsamp.summary import summary as table
 from diffsamp.summary import verdict_lines
 from diffsamp.types import Behaviour, Cost, Key, LogEvidence, Objective, Params
 
-WARM_SHARE = 0.5  # of the first round's seconds, for the stage by forward KL
-ROUNDS = (0.2, 0.3, 0.5)  # shares of the budget
+# Shares of the budget, and of each the share for the stage by forward KL.
+ROUNDS = ((0.15, 0.5), (0.3, 0.6), (0.55, 0.7))
 ENOUGH_ESS = 0.3  # a trusted result below this goes on training while it may
 JUDGED_DRAWS = 4_000
-BATCH_SIZE = 256
+IMITATED, BALANCED = 128, 256  # paths per update in the two stages
 
 
 class Trained(NamedTuple):
@@ -82,18 +84,21 @@ class Trained(NamedTuple):
     seconds: float
 
 
-def default_sampler(dim: int, num_steps: int, **reference: Any) -> Sampler:
+def default_sampler(
+    dim: int, num_steps: int, *, smallest_scale: float = 0.05, **reference: Any
+) -> Sampler:
     """The sampler of `DiffusionSampler`: DIS with learned generation variance.
 
     Args:
         dim: dimension D.
         num_steps: steps K.
+        smallest_scale: of `schedules.geometric`.
         **reference: ``loc`` and ``scale``, where they are not 0 and 1.
     """
     return samplers.dis(
         dim,
         num_steps,
-        schedule=schedules.geometric(0.05),
+        schedule=schedules.geometric(smallest_scale),
         network=networks.free(learn_variance=True),
         generation_bounds=Bounds(log_variance=2.0),
         **reference,
@@ -107,13 +112,13 @@ class DiffusionSampler:
 
     Args:
         model: a NumPyro model.
-        sampler: ``(dim, num_steps) -> Sampler``, such as ``ds.samplers.dds``; for a
-            posterior that is about a unit normal.
+        sampler: ``(dim, num_steps) -> Sampler``, such as ``ds.samplers.dds``, for a
+            posterior that is about a unit normal; by default `default_sampler`.
         objective: of the second stage of training; `objectives.log_variance` by
             default.
         behaviour: of that stage; by default half own paths, half paths into the
             pilot's points.
-        optimizer: of both stages; Adam by default.
+        optimizer: of both stages; by default Adam at 0.002, and 0.001 in the second.
         num_steps: steps K of the sampler.
         num_particles: of each of the two pilots.
         max_seconds: budget of training, without pilots and compilation.
@@ -144,7 +149,7 @@ class DiffusionSampler:
         self,
         model: Callable,
         *,
-        sampler: Callable[..., Sampler] = default_sampler,
+        sampler: Callable[..., Sampler] | None = None,
         objective: Objective | None = None,
         behaviour: Behaviour | None = None,
         optimizer: optax.GradientTransformation | None = None,
@@ -215,21 +220,21 @@ class DiffusionSampler:
             state = self._prepare(for_target, for_pilots)
         seconds, energy = state.seconds, state.target.energy
         options = {"callback": callback, "progress_bar": progress_bar}
-        stages = self._stages(state, num_updates)
-        for i, (objective, behaviour, budget, judged) in enumerate(stages):
+        best = None
+        for i, (stage, budget) in enumerate(self._stages(state, num_updates)):
             left = self._energies_left(state)
             if left is not None and left < 1:
                 break
             fit = training.fit(
                 jax.random.fold_in(for_training, i),
                 state.sampler,
-                objective,
+                stage.objective,
                 energy,
-                behaviour=behaviour,
-                optimizer=self._optimizer,
+                behaviour=stage.behaviour,
+                optimizer=stage.optimizer,
                 anneal=schedules.cosine_anneal,
                 ema_decay=0.998,
-                batch_size=BATCH_SIZE,
+                batch_size=stage.batch_size,
                 params=state.params,
                 max_energy_evaluations=left,
                 **budget,
@@ -242,15 +247,19 @@ class DiffusionSampler:
                 seconds=seconds + time.perf_counter() - begin,
             )
             self.state, self._draws = state, None
-            if fit.stopped_by in ("interrupt", "callback"):
+            ended = fit.stopped_by in ("interrupt", "callback")
+            if num_updates is None:
+                judging = jax.random.fold_in(for_judging, i)
+                report = self._draw(judging, JUDGED_DRAWS).diagnostics
+                state = state._replace(cost=_add(state.cost, report))
+                grade = _grade(report)
+                if best is None or grade >= best[0]:
+                    best = grade, state.params
+                ended |= grade.is_trusted and grade.ess_fraction >= ENOUGH_ESS
+            if ended:
                 break
-            if judged:
-                draws = self._draw(jax.random.fold_in(for_judging, i), JUDGED_DRAWS)
-                state = state._replace(cost=_add(state.cost, draws.diagnostics))
-                report = draws.diagnostics
-                good = report.verdict.startswith("trust")
-                if good and report.ess_fraction >= ENOUGH_ESS:
-                    break
+        if best is not None:
+            state = state._replace(params=best[1])
         seconds += time.perf_counter() - begin
         self.state = state._replace(seconds=seconds)
         return self.state
@@ -484,7 +493,11 @@ class DiffusionSampler:
         ]
         affine = affine_from(found[0].x)
         pilot, other = (p._replace(x=pilots.to_y(affine, p.x)) for p in found)
-        sampler = self._make_sampler(target.dim, self._num_steps)
+        make = self._make_sampler
+        if make is None:
+            smallest = min(pilots.smallest_scale(pilot.x), 0.05)
+            make = functools.partial(default_sampler, smallest_scale=smallest)
+        sampler = make(target.dim, self._num_steps)
         return Trained(
             target=target.standardised(affine),
             pilot=pilot,
@@ -497,25 +510,25 @@ class DiffusionSampler:
         )
 
     def _stages(self, state: Trained, num_updates: int | None):
-        """``(objective, behaviour, budget, judged)``, one after the other."""
+        """``(stage, budget)``, one after the other."""
         seeded = behaviours.reference_draws(state.pilot.x)
         both = self._behaviour or behaviours.mixture(
             (behaviours.on_policy(), 0.5), (seeded, 0.5)
         )
-        first = objectives.forward_kl(), seeded
-        second = self._objective, both
+        imitate = _Stage(
+            objectives.forward_kl(), seeded, self._optimizer or _FAST, IMITATED
+        )
+        balance = _Stage(self._objective, both, self._optimizer or _SLOW, BALANCED)
         if num_updates is not None:
             half = num_updates // 2 if state.fit is None else 0
             if half:
-                yield *first, {"num_updates": half}, False
-            yield *second, {"num_updates": num_updates - half}, False
+                yield imitate, {"num_updates": half}
+            yield balance, {"num_updates": num_updates - half}
             return
-        for i, share in enumerate(ROUNDS):
+        for share, imitated in ROUNDS:
             seconds = share * self._max_seconds
-            if i == 0 and state.fit is None:
-                yield *first, {"max_seconds": WARM_SHARE * seconds}, False
-                seconds *= 1 - WARM_SHARE
-            yield *second, {"max_seconds": seconds}, True
+            yield imitate, {"max_seconds": imitated * seconds}
+            yield balance, {"max_seconds": (1 - imitated) * seconds}
 
     def _energies_left(self, state: Trained) -> int | None:
         if self._max_energy_evaluations is None:
@@ -538,6 +551,27 @@ class DiffusionSampler:
         return _constrain_all(self._trained().target.constrain, jnp.asarray(y))
 
 
+class _Grade(NamedTuple):
+    """What makes one state better than another, most important first."""
+
+    is_trusted: bool
+    has_error_bar: bool
+    ess_fraction: float
+
+
+def _grade(report: Diagnostics) -> _Grade:
+    good = report.pareto_k < PARETO_K_LIMIT and not report.collapsed
+    return _Grade(report.verdict.startswith("trust"), good, report.ess_fraction)
+
+
+class _Stage(NamedTuple):
+    objective: Objective
+    behaviour: Behaviour
+    optimizer: optax.GradientTransformation
+    batch_size: int
+
+
+_FAST, _SLOW = optax.adam(2e-3), optax.adam(1e-3)
 _NO_EVIDENCE = LogEvidence(np.nan, np.inf, np.nan, None)
 
 

@@ -12,12 +12,13 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.tree_util import Partial
 
 from diffsamp import mcmc, probes
 from diffsamp.energies import as_energy, as_key
 from diffsamp.numpyro.affine import Affine, affine_from, energy_in
-from diffsamp.types import Array, Energy, Key, Target
+from diffsamp.types import Array, ArrayLike, Energy, Key, Target
 
 _NUM_CHAINS = 32
 _ITERATIONS = 60
@@ -132,6 +133,47 @@ def _short_chains(key: Key, target: Target):
     per_path = _ITERATIONS * 50 + 20
     num_gradients = _NUM_CHAINS * _ITERATIONS + int(info.num_gradient_evaluations)
     return draws, _NUM_CHAINS * per_path, num_gradients
+
+
+def smallest_scale(y: ArrayLike) -> float:
+    """Width of the narrowest direction in which points lie close together.
+
+    The smallest standard deviation among the 40 nearest neighbours of a point, median
+    over points, in units of what it is for a unit normal; rounded down to a power of
+    two, so that similar posteriors get equal samplers.
+
+    Args:
+        y: points, [N, D], about of unit scale.
+
+    Returns:
+        A number in [1/256, 1].
+
+    Example:
+        >>> import numpy as np
+        >>> from diffsamp.numpyro import pilots
+        >>> rng = np.random.default_rng(0)
+        >>> modes = rng.choice([-1.0, 1.0], size=(2_000, 1))
+        >>> y = np.concatenate([modes, modes], 1) + rng.normal(size=(2_000, 2)) / 50
+        >>> pilots.smallest_scale(y)
+        0.015625
+    """
+    points = np.asarray(y, np.float64)
+    rng = np.random.default_rng(0)
+    normal = rng.normal(size=points.shape)
+    ratio = _local_width(points, rng) / _local_width(normal, rng)
+    return float(np.clip(2.0 ** np.floor(np.log2(max(ratio, 1e-9))), 2.0**-8, 1.0))
+
+
+def _local_width(points, rng) -> float:
+    size = min(40, len(points))
+    chosen = rng.choice(len(points), min(200, len(points)), replace=False)
+    widths = []
+    for point in points[chosen]:
+        distance = np.sum((points - point) ** 2, axis=1)
+        near = points[np.argpartition(distance, size - 1)[:size]]
+        covariance = np.cov(near, rowvar=False).reshape(points.shape[1], -1)
+        widths.append(np.linalg.eigvalsh(covariance)[0])
+    return float(np.sqrt(max(np.median(widths), 0.0)))
 
 
 def in_affine(energy: Energy, affine: Affine) -> Partial:

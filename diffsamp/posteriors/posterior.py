@@ -127,7 +127,7 @@ class Posterior:
         return sites
 
 
-def evidence_of(name: str) -> dict[str, float | None]:
+def evidence_of(name: str) -> dict[str, Any]:
     """``log_evidence`` and its standard error, of the reference of that name."""
     found = load_json(f"{name}_reference.json").get("log_evidence", {})
     return {
