@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
@@ -22,7 +23,9 @@ def model(y: np.ndarray, num_lags: int):
         num_lags: order of the autoregression.
     """
     alpha = numpyro.sample("alpha", dist.Normal(0.0, 10.0))
-    beta = numpyro.sample("beta", dist.Normal(0.0, 10.0).expand([num_lags]).to_event(1))
+    beta = jnp.asarray(
+        numpyro.sample("beta", dist.Normal(0.0, 10.0).expand([num_lags]).to_event(1))
+    )
     sigma = numpyro.sample("sigma", dist.HalfCauchy(2.5))
     lags = np.stack([y[num_lags - k : len(y) - k] for k in range(1, num_lags + 1)], 1)
     numpyro.sample("obs", dist.Normal(alpha + lags @ beta, sigma), obs=y[num_lags:])

@@ -9,6 +9,7 @@ posteriordb, `eight_schools`.
 
 from __future__ import annotations
 
+import jax.numpy as jnp
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
@@ -26,8 +27,8 @@ def centered(y: Array, sigma: Array):
         y: estimated effects, [8].
         sigma: their standard errors, [8].
     """
-    mu = numpyro.sample("mu", dist.Normal(0.0, 5.0))
-    tau = numpyro.sample("tau", dist.HalfCauchy(5.0))
+    mu = jnp.asarray(numpyro.sample("mu", dist.Normal(0.0, 5.0)))
+    tau = jnp.asarray(numpyro.sample("tau", dist.HalfCauchy(5.0)))
     with numpyro.plate("schools", len(y)):
         theta = numpyro.sample("theta", dist.Normal(mu, tau))
         numpyro.sample("obs", dist.Normal(theta, sigma), obs=y)
@@ -40,10 +41,10 @@ def noncentered(y: Array, sigma: Array):
         y: estimated effects, [8].
         sigma: their standard errors, [8].
     """
-    mu = numpyro.sample("mu", dist.Normal(0.0, 5.0))
-    tau = numpyro.sample("tau", dist.HalfCauchy(5.0))
+    mu = jnp.asarray(numpyro.sample("mu", dist.Normal(0.0, 5.0)))
+    tau = jnp.asarray(numpyro.sample("tau", dist.HalfCauchy(5.0)))
     with numpyro.plate("schools", len(y)):
-        standard = numpyro.sample("theta_trans", dist.Normal(0.0, 1.0))
+        standard = jnp.asarray(numpyro.sample("theta_trans", dist.Normal(0.0, 1.0)))
         theta = numpyro.deterministic("theta", mu + tau * standard)
         numpyro.sample("obs", dist.Normal(theta, sigma), obs=y)
 

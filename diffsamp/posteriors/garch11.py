@@ -30,10 +30,12 @@ def model(y: Array, sigma1: float):
         sigma1: its first standard deviation.
     """
     positive = dist.ImproperUniform(constraints.positive, (), ())
-    mu = numpyro.sample("mu", dist.ImproperUniform(constraints.real, (), ()))
-    alpha0 = numpyro.sample("alpha0", positive)
-    alpha1 = numpyro.sample("alpha1", dist.Uniform(0.0, 1.0))
-    beta1 = numpyro.sample("beta1", dist.Uniform(0.0, 1.0 - alpha1))
+    mu = jnp.asarray(
+        numpyro.sample("mu", dist.ImproperUniform(constraints.real, (), ()))
+    )
+    alpha0 = jnp.asarray(numpyro.sample("alpha0", positive))
+    alpha1 = jnp.asarray(numpyro.sample("alpha1", dist.Uniform(0.0, 1.0)))
+    beta1 = jnp.asarray(numpyro.sample("beta1", dist.Uniform(0.0, 1.0 - alpha1)))
     numpyro.factor("flat_beta1", jnp.log1p(-alpha1))
 
     def step(variance, y):

@@ -25,10 +25,10 @@ def model(x: Array, k: Array, jitter: float = 1e-10):
         k: counts there, [11].
         jitter: added to the variance.
     """
-    rho = numpyro.sample("rho", dist.Gamma(25.0, 4.0))
-    alpha = numpyro.sample("alpha", dist.HalfNormal(2.0))
+    rho = jnp.asarray(numpyro.sample("rho", dist.Gamma(25.0, 4.0)))
+    alpha = jnp.asarray(numpyro.sample("alpha", dist.HalfNormal(2.0)))
     standard = dist.Normal(0.0, 1.0).expand([len(x)]).to_event(1)
-    f_tilde = numpyro.sample("f_tilde", standard)
+    f_tilde = jnp.asarray(numpyro.sample("f_tilde", standard))
     square = (x[:, None] - x[None, :]) ** 2
     covariance = alpha**2 * jnp.exp(-0.5 * square / rho**2) + jitter * jnp.eye(len(x))
     f = numpyro.deterministic("f", jnp.linalg.cholesky(covariance) @ f_tilde)

@@ -9,6 +9,7 @@ models", 2006 (data); posteriordb, `kidiq-kidscore_interaction`.
 
 from __future__ import annotations
 
+import jax.numpy as jnp
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
@@ -26,7 +27,9 @@ def model(kid_score: Array, mom_hs: Array, mom_iq: Array):
         mom_hs: whether the mother finished high school, 0 or 1, [434].
         mom_iq: score of the mother, [434].
     """
-    beta = numpyro.sample("beta", dist.ImproperUniform(constraints.real, (), (4,)))
+    beta = jnp.asarray(
+        numpyro.sample("beta", dist.ImproperUniform(constraints.real, (), (4,)))
+    )
     sigma = numpyro.sample("sigma", dist.HalfCauchy(2.5))
     mean = beta[0] + beta[1] * mom_hs + beta[2] * mom_iq + beta[3] * mom_hs * mom_iq
     numpyro.sample("obs", dist.Normal(mean, sigma), obs=kid_score)

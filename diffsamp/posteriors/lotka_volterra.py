@@ -31,9 +31,9 @@ def model(y_init: Array, y: Array, steps_per_year: int = 10):
         steps_per_year: Runge-Kutta steps.
     """
     rates = dist.TruncatedNormal(_LOC, _SCALE, low=0.0).to_event(1)
-    alpha, beta, gamma, delta = numpyro.sample("theta", rates)
+    alpha, beta, gamma, delta = jnp.asarray(numpyro.sample("theta", rates))
     start = dist.LogNormal(math.log(10.0), 1.0).expand([2]).to_event(1)
-    z_init = numpyro.sample("z_init", start)
+    z_init = jnp.asarray(numpyro.sample("z_init", start))
     errors = dist.LogNormal(-1.0, 1.0).expand([2]).to_event(1)
     sigma = numpyro.sample("sigma", errors)
 

@@ -25,11 +25,11 @@ def model(y: Array):
         y: observations, [1000].
     """
     ordered = dist.ImproperUniform(constraints.ordered_vector, (), (2,))
-    mu = numpyro.sample("mu", ordered)
+    mu = jnp.asarray(numpyro.sample("mu", ordered))
     # Two normals, of which half the space is left: the density doubles.
     numpyro.factor("mu_prior", dist.Normal(0.0, 2.0).log_prob(mu).sum() + math.log(2.0))
     sigma = numpyro.sample("sigma", dist.HalfNormal(2.0).expand([2]).to_event(1))
-    theta = numpyro.sample("theta", dist.Beta(5.0, 5.0))
+    theta = jnp.asarray(numpyro.sample("theta", dist.Beta(5.0, 5.0)))
     mu, sigma = jnp.expand_dims(mu, 0), jnp.expand_dims(sigma, 0)
     parts = dist.Normal(mu, sigma).log_prob(y[:, None])
     weights = jnp.stack([jnp.log(theta), jnp.log1p(-theta)])
