@@ -1,7 +1,11 @@
 """DiffusionKernel: exact for any sampler, in every way in which MCMC runs a kernel."""
 
 import functools
+import os
+import pathlib
 import pickle
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -269,6 +273,86 @@ def test_the_model_gives_the_answer_of_nuts():
         error = np.hypot(standard_error(found), standard_error(exact))
         assert error < 0.1
         assert abs(found.mean() - exact.mean()) < 4 * error
+
+
+PARALLEL = """
+import sys
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+from numpyro.infer import MCMC
+import diffsamp as ds
+from diffsamp.numpyro import DiffusionKernel
+
+jax.config.update("jax_enable_x64", sys.argv[1] == "x64")
+assert jax.local_device_count() == 2
+
+
+def model(y=None):
+    loc = numpyro.sample("loc", dist.Normal(0.0, 3.0))
+    numpyro.sample("y", dist.Normal(loc, 1.0), obs=y)
+
+
+sampler = ds.samplers.dis(1, 3, scale=2.0, network=ds.networks.free(8, 1))
+kernel = DiffusionKernel(sampler, sampler.init(jax.random.key(0)), model)
+for make_key in (jax.random.key, jax.random.PRNGKey):
+    mcmc = MCMC(
+        kernel, num_warmup=5, num_samples=400, num_chains=2, chain_method="parallel",
+        progress_bar=False,
+    )
+    mcmc.run(make_key(0), jnp.array([0.5, 1.5]))
+    mcmc.run(make_key(1), jnp.array([0.5, 1.5]))  # no tracer is left over
+    loc = np.asarray(mcmc.get_samples(group_by_chain=True)["loc"])
+    assert loc.shape == (2, 400)
+    assert (loc.dtype == np.float64) == (sys.argv[1] == "x64")
+    assert abs(loc.mean() - 18 / 19) < 0.3
+    assert not np.array_equal(loc[0], loc[1])
+    mcmc.post_warmup_state = mcmc.last_state
+    kernel.init, init = None, kernel.init  # would fail if it were called
+    mcmc.run(mcmc.post_warmup_state.rng_key, jnp.array([0.5, 1.5]))
+    kernel.init = init
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("floats", ["x32", "x64"])
+def test_parallel_on_two_devices(floats, tmp_path):
+    """In a process of its own: the number of devices is set before JAX starts."""
+    program = tmp_path / "parallel.py"
+    program.write_text(PARALLEL)
+    root = str(pathlib.Path(ds.__file__).parents[1])
+    environment = os.environ | {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")]),
+    }
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", str(program), floats],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stderr[-2_000:]
+
+
+@pytest.mark.slow
+def test_data_may_be_traced():
+    kernel = DiffusionKernel(*untrained(), model, local_kernel=short_hmc(model))
+    mcmc, go = run(kernel, 100, num_warmup=5, jit_model_args=True)
+    for data in (DATA, DATA + 100.0):
+        go(data)
+        assert np.all(np.isfinite(mcmc.get_samples()["loc"]))
+    plain, go = run(
+        DiffusionKernel(*untrained(), model, local_kernel=short_hmc(model)),
+        100,
+        num_warmup=5,
+    )
+    go(DATA + 100.0)
+    np.testing.assert_allclose(
+        mcmc.get_samples()["loc"], plain.get_samples()["loc"], rtol=1e-3
+    )
 
 
 @pytest.mark.slow
