@@ -157,6 +157,17 @@ def test_every_public_name_is_documented(name):
     assert not without_docstring, f"without a docstring: {without_docstring}"
 
 
+@pytest.mark.parametrize("name", ["diffsamp.numpyro", "diffsamp.posteriors"])
+def test_names_that_a_package_collects_are_documented(name):
+    modules, objects = _pages()
+    text = (PACKAGE / name.split(".")[1] / "__init__.py").read_text()
+    collected = re.findall(r"^from (\S+) import (?:\(\n\s+)?\w+ as (\w+)", text, re.M)
+    assert len(collected) > 5
+    for home, public in collected:
+        found = {home, f"{home}.{public}"} & modules or f"{name}.{public}" in objects
+        assert found, f"{name}.{public} is not in docs/api"
+
+
 def test_top_level_names_are_sorted_and_exist():
     names = list(diffsamp.__all__)
     assert names == sorted(names)

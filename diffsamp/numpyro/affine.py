@@ -2,7 +2,7 @@
 
 With ``x = loc + L y`` and L lower triangular, the energy of y is
 
-    E_y(y) = E(loc + L y) - log |det L|,
+    E_y(y) = E(loc + L y) - log det L,
 
 so that the integral of ``exp(-energy)``, the evidence, is the same in both. Unlike the
 reference's ``loc`` and ``scale`` it also takes correlations away.
@@ -42,7 +42,7 @@ class Affine(NamedTuple):
 
     @property
     def log_det(self) -> Array:
-        """Log |dx/dy|, []."""
+        """Log-determinant of dx/dy, []."""
         return jnp.sum(jnp.log(jnp.diagonal(self.matrix)))
 
 
