@@ -129,6 +129,13 @@ def test_trained_once_for_the_same_data(inference, monkeypatch):
     assert inference.num_samples == 100
 
 
+def test_too_few_draws_are_said_to_be_too_few(inference, capsys):
+    inference.run(jax.random.key(3), 1, y=DATA)
+    assert inference.get_samples()["mean"].shape == (1,)
+    inference.print_summary()
+    assert "do not trust: too few draws" in capsys.readouterr().out
+
+
 def test_new_data_of_equal_shape_do_not_compile_the_training_again(inference):
     compiled = []
     listener = functools.partial(_note, compiled)
