@@ -11,7 +11,9 @@ What `DiffusionSampler` does by default, each step a function of its own elsewhe
    update so costs one energy per path, and no gradient. The noise ends at the width of
    the narrowest mode (`pilots.smallest_scale`).
 4. After each stage: draws, weights, and the verdict with an independent probe (a second
-   pilot). It says whether to go on; at the end the best state so judged is kept.
+   pilot); ``trust`` also asks that draws and pilots agree about means and variances
+   (`agreement.disagreement`). It says whether to go on; at the end the best state so
+   judged is kept.
 
 The pilot only proposes; draws and log Z are those of the sampler's exact weights.
 """
@@ -45,6 +47,7 @@ from diffsamp.drawing import Draws
 from diffsamp.energies import as_key
 from diffsamp.numpyro import pilots
 from diffsamp.numpyro.affine import affine_from
+from diffsamp.numpyro.agreement import disagreement
 from diffsamp.numpyro.arviz import to_arviz
 from diffsamp.numpyro.kernel import DiffusionKernel
 from diffsamp.numpyro.target import ModelTarget, target_from_model
@@ -538,7 +541,7 @@ class DiffusionSampler:
 
     def _draw(self, key, num_draws) -> Draws:
         state = self._trained()
-        return drawing.draw(
+        draws = drawing.draw(
             key,
             state.sampler,
             state.params,
@@ -546,9 +549,37 @@ class DiffusionSampler:
             num_draws,
             probe=state.probe,
         )
+        verdict = draws.diagnostics.verdict
+        if not verdict.startswith("trust"):
+            return draws
+        report = draws.diagnostics._replace(verdict=_checked(verdict, state, draws))
+        return draws._replace(diagnostics=report)
 
     def _constrained(self, y) -> dict[str, jax.Array]:
         return _constrain_all(self._trained().target.constrain, jnp.asarray(y))
+
+
+def _checked(verdict: str, state: Trained, draws: Draws) -> str:
+    """The verdict, unless the draws and the two pilots disagree."""
+    affine = state.target.affine
+    assert affine is not None
+    assert draws.log_weight is not None
+    points = (jnp.asarray(v) for v in (draws.x, state.pilot.x, state.probe.x))
+    x, first, second = (pilots.to_x(affine, v) for v in points)
+    found = disagreement(x, draws.log_weight, first, second)
+    if found is None:
+        return verdict
+    plain = state.target.standardised(None)
+    assert plain.unravel is not None
+    index = plain.unravel(jnp.arange(plain.dim, dtype=x.dtype))
+    site = next(s for s, i in index.items() if found.coordinate in np.asarray(i))
+    return (
+        f"reweight (draws and pilots disagree about the {found.what} of {site!r}, "
+        f"unconstrained, by {found.size:.2g} of its "
+        f"{'standard deviation' if found.what == 'mean' else 'value'}, {found.z:.1f} "
+        "standard errors: one of them lacks a part of the posterior; train longer, or "
+        "give the pilots more particles)"
+    )
 
 
 class _Grade(NamedTuple):

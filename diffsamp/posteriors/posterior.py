@@ -84,7 +84,7 @@ class Posterior:
         """Splits draws of sites into named scalars.
 
         Args:
-            samples: constrained draws, site to ``[n, *shape]``; other sites are dropped.
+            samples: constrained draws, site to ``[n, *shape]``; others are dropped.
 
         Returns:
             Scalar name to [n].
@@ -111,7 +111,7 @@ class Posterior:
         return load_json(f"{self.name}_reference.json")
 
     def draws(self) -> dict[str, np.ndarray]:
-        """Thinned reference draws in the model's own parameters, site to ``[n, *shape]``.
+        """Thinned reference draws of the model's sites, each ``[n, *shape]``.
 
         ``flatten`` names their scalars; ``jax.vmap(target.unconstrain)`` makes flat
         points of them, where they cover all latent sites.
