@@ -20,6 +20,7 @@ from numpyro.infer import init_to_uniform
 from numpyro.infer.autoguide import AutoContinuous
 
 from diffsamp.numpyro.inference import default_sampler
+from diffsamp.numpyro.target import subsampled_plates
 from diffsamp.sampler import Sampler
 
 NUM_DRAWS = 2_000
@@ -88,14 +89,11 @@ class AutoDiffusion(AutoContinuous):
     def _setup_prototype(self, *args, **kwargs):
         super()._setup_prototype(*args, **kwargs)
         assert self.prototype_trace is not None
-        for name, site in self.prototype_trace.items():
-            if site["type"] == "plate":
-                size, subsample_size = site["args"]
-                if subsample_size is not None and size > subsample_size:
-                    raise NotImplementedError(
-                        f"plate {name!r} is subsampled: the energy of a mini-batch "
-                        "would bias the paths; use all data"
-                    )
+        for name, _, _ in subsampled_plates(self.prototype_trace):
+            raise NotImplementedError(
+                f"plate {name!r} is subsampled: the energy of a mini-batch would bias "
+                "the paths; use all data"
+            )
         self._sampler = self._make_sampler(
             self.latent_dim, self._num_steps, **self._reference
         )

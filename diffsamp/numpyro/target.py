@@ -343,18 +343,28 @@ def _initialize(key, model, init_strategy, data, structure):
     return kept[-1], found.z
 
 
+def subsampled_plates(model_trace) -> list[tuple[str, int, int]]:
+    """Plates that take some of their rows at random: name, rows, rows taken."""
+    plates = {
+        site: message["args"]
+        for site, message in model_trace.items()
+        if message["type"] == "plate"
+    }
+    return [
+        (site, size, taken)
+        for site, (size, taken) in plates.items()
+        if taken is not None and taken < size
+    ]
+
+
 def _check_plates(model_trace) -> None:
-    for site, message in model_trace.items():
-        if message["type"] != "plate":
-            continue
-        size, subsample_size = message["args"]
-        if subsample_size is not None and subsample_size != size:
-            raise ValueError(
-                f"plate {site!r} takes {subsample_size} of {size} rows at random; pass "
-                "all data and drop subsample_size: the energy of a mini-batch is a "
-                "random number, and weights and log Z need the true one (NumPyro's SVI "
-                "and HMCECS work with mini-batches)"
-            )
+    for site, size, taken in subsampled_plates(model_trace):
+        raise ValueError(
+            f"plate {site!r} takes {taken} of {size} rows at random; pass all data and "
+            "drop subsample_size: the energy of a mini-batch is a random number, and "
+            "weights and log Z need the true one (NumPyro's SVI and HMCECS work with "
+            "mini-batches)"
+        )
 
 
 def _explain(error, model, args, kwargs) -> None:

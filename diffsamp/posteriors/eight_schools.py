@@ -17,8 +17,6 @@ import numpyro.distributions as dist
 from diffsamp.posteriors.posterior import Posterior, evidence_of, load_json
 from diffsamp.types import Array
 
-_SHAPES = {"theta": (8,), "mu": (), "tau": ()}
-
 
 def centered(y: Array, sigma: Array):
     """The NumPyro model with the funnel.
@@ -61,15 +59,8 @@ def eight_schools_centered() -> Posterior:
     Returns:
         A :class:`~diffsamp.posteriors.Posterior`.
     """
-    return Posterior(
-        name="eight_schools_centered",
-        model=centered,
-        data=data,
-        shapes=_SHAPES,
-        dim=10,
-        **evidence_of("eight_schools_centered"),
-        note="hierarchical funnel: the scale of theta shrinks with tau",
-    )
+    note = "hierarchical funnel: the scale of theta shrinks with tau"
+    return _posterior("eight_schools_centered", centered, note)
 
 
 def eight_schools_noncentered() -> Posterior:
@@ -78,12 +69,17 @@ def eight_schools_noncentered() -> Posterior:
     Returns:
         A :class:`~diffsamp.posteriors.Posterior`.
     """
+    note = "the same posterior without the funnel; tau heavy-tailed"
+    return _posterior("eight_schools_noncentered", noncentered, note)
+
+
+def _posterior(name, model, note):
     return Posterior(
-        name="eight_schools_noncentered",
-        model=noncentered,
+        name=name,
+        model=model,
         data=data,
-        shapes=_SHAPES,
+        shapes={"theta": (8,), "mu": (), "tau": ()},
         dim=10,
-        **evidence_of("eight_schools_noncentered"),
-        note="the same posterior without the funnel; tau heavy-tailed",
+        **evidence_of(name),
+        note=note,
     )
