@@ -28,8 +28,9 @@ from diffsamp._distributions import normal_log_prob, standard_normal
 from diffsamp.energies import as_key, bind_condition, check_energy
 from diffsamp.networks import Backbone, Context, Control
 from diffsamp.processes import Coefficients, Process, Renoising
-from diffsamp.types import Array, Energy, Key, Params, Path, Trajectory
+from diffsamp.types import Array, Densities, Energy, Key, Params, Path, Trajectory
 
+VARIANCE_LIMIT = 100.0  # of the kernels' variance ratio and of its inverse
 _EVALUATED = "energy and score"  # what rematerialisation keeps: O(K D) numbers
 
 
@@ -87,8 +88,6 @@ class Final(NamedTuple):
 
 
 _ENDS = slice(None, -1), slice(1, None)  # of every step: its state now and later
-_AT_ONCE = 32  # paths of at most so many steps are scored in one piece,
-_CHUNK = 8  # longer ones in chunks of so many
 
 
 class _Seen(NamedTuple):
@@ -118,6 +117,16 @@ class Step(NamedTuple):
     destruction_decay: Array
     destruction_std: Array
     score_gain: Array
+
+
+class _Run(NamedTuple):
+    """A simulation: last state in unit coordinates, and what was asked for."""
+
+    y: Array
+    log_prior: Array
+    densities: Any
+    energy: Array
+    path: Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -238,10 +247,7 @@ class Sampler:
             A `Trajectory`.
         """
         run = self._run(params, key, energy, condition, keep=True, log_densities=True)
-        _, log_prior, log_generation, log_destruction, energy_value, path = run
-        return self._trajectory(
-            path.xs, log_prior, log_generation, log_destruction, energy_value
-        )
+        return self._trajectory(run.path.xs, run.log_prior, run.densities, run.energy)
 
     def score(
         self, params: Params, xs: Array, energy: Energy, condition: Array | None = None
@@ -352,7 +358,7 @@ class Sampler:
         *,
         extra_std: Array | float = 0.0,
     ) -> Path:
-        """Draws a path without scoring it and without gradients.
+        """Draws a path, without gradients.
 
         Args:
             params: parameters.
@@ -363,8 +369,16 @@ class Sampler:
                 every generation step, in unit coordinates.
         """
         params = jax.lax.stop_gradient(params)
-        run = self._run(params, key, energy, condition, keep=True, extra_std=extra_std)
-        return run[-1]
+        run = self._run(
+            params,
+            key,
+            energy,
+            condition,
+            keep=True,
+            log_densities=True,
+            extra_std=extra_std,
+        )
+        return run.path._replace(densities=run.densities)
 
     def trace_path(
         self,
@@ -390,28 +404,26 @@ class Sampler:
         def evaluate(y):
             return self._value_and_score(energy, y) if in_loop else _nothing(dtype)
 
-        def body(y, step):
+        def body(carry, step):
+            y, x, kept = carry
             value, score = evaluate(y)
+            kept = _put(kept, step.index + 1, (x, value, score))
             features = self._features(params, y, step.next_time, condition)
             seen = _Seen(score, features)
             mean, std = self._destroy(params, step, y, seen, condition)
             noise = standard_normal(
                 jax.random.fold_in(key, step.index), (self.dim,), dtype
             )
-            return mean + std * noise, (y, value, score)
+            y = mean + std * noise
+            return (y, self.original(y), kept), None
 
-        first, (later, values, scores) = jax.lax.scan(
-            body, self.unit(x), steps, reverse=True
-        )
-        xs = self.original(jnp.concatenate([first[None], later])).at[-1].set(x)
+        y = self.unit(x)
+        empty = self._empty((x, *jax.eval_shape(evaluate, y)))
+        (y, x, kept), _ = jax.lax.scan(body, (y, x, empty), steps, reverse=True)
+        xs, values, scores = _put(kept, 0, (x, *evaluate(y)))
         if not in_loop:
             return self._complete(xs, energy, None)
-        value, score = evaluate(first)
-        values, scores = (
-            jnp.concatenate([a[None], b]) for a, b in ((value, values), (score, scores))
-        )
-        # The value of body number k belongs to state k + 1.
-        return Path(xs, values[-1], scores[:-1], scores[-1], values[:-1])
+        return Path(xs, values[-1], scores, values)
 
     def flow_step(
         self,
@@ -525,48 +537,76 @@ class Sampler:
 
         Differentiable in params, never in the states.
         """
-        return self.score_with_variances(params, path, condition)[0]
-
-    def score_with_variances(
-        self, params: Params, path: Path, condition: Array | None = None
-    ) -> tuple[Trajectory, Array]:
-        """`score_path`, and log(generation / destruction variance) of every step.
-
-        Returns:
-            The trajectory, and the log-ratios [K, D]: 0 for the transition out of a
-            point mass, where there is no such ratio. No gradient flows through them.
-        """
         path = jax.lax.stop_gradient(path)
-        ys = self.unit(path.xs)
-        generation, destruction = self._kernels(params, path, condition)
-        log_density = jax.vmap(self._log_density)
-        log_generation = log_density(ys[1:], *generation)
-        log_destruction = log_density(ys[:-1], *destruction)
-        log_prior = self.log_prior(ys[0])
-        trajectory = self._trajectory(
-            path.xs, log_prior, log_generation, log_destruction, path.energy
+        densities = self.densities(
+            params, self.steps(), path.xs, path.scores, condition
         )
-        stds = jax.lax.stop_gradient((generation[1], destruction[1]))
-        return trajectory, self._log_variance_ratio(*stds)
+        return self.with_densities(path, densities)
 
-    def _log_variance_ratio(self, generation: Array, destruction: Array) -> Array:
-        shape = (self.num_steps, self.dim)  # a std that is not learned has none
-        generation, destruction = (
-            jnp.broadcast_to(std.reshape(self.num_steps, -1), shape)
-            for std in (generation, destruction)
-        )
-        safe = jnp.where(destruction > 0, destruction, generation)
-        return 2 * (jnp.log(generation) - jnp.log(safe))
+    def densities(
+        self,
+        params: Params,
+        steps: Step,
+        xs: Array,
+        scores: Array,
+        condition: Array | None = None,
+    ) -> Densities:
+        """The densities of some steps in a row, in parallel.
+
+        Args:
+            params: parameters.
+            steps: constants of C steps in a row, [C] each.
+            xs: the states that they connect, [C+1, D].
+            scores: what the networks see of the energy there, [C+1, D] or [C+1, 0].
+            condition: [condition_dim], or None.
+        """
+        ys = self.unit(xs)
+        times = jnp.concatenate([steps.time, steps.next_time[-1:]])
+        features = jax.vmap(lambda y, t: self._features(params, y, t, condition))
+        seen = _Seen(scores, features(ys, times))
+        now, later = (jax.tree.map(lambda a, s=s: a[s], (ys, seen)) for s in _ENDS)
+
+        def one(step, now, later):
+            generation = self._generate(params, step, *now, condition)
+            destruction = self._destroy(params, step, *later, condition)
+            return self._densities(now[0], later[0], generation, destruction)
+
+        return jax.vmap(one)(steps, now, later)
+
+    def with_densities(self, path: Path, densities: Densities) -> Trajectory:
+        """The trajectory that a path and the densities of its steps make."""
+        log_prior = self.log_prior(self.unit(path.xs[0]))
+        return self._trajectory(path.xs, log_prior, densities, path.energy)
+
+    def log_variance_ratios(
+        self, params: Params, path: Path, condition: Array | None = None
+    ) -> Array:
+        """log(generation / destruction variance) of every step of a path, [K, D].
+
+        0 for the transition out of a point mass, where there is no such ratio.
+        """
+        ys, steps = self.unit(path.xs), self.steps()
+        times = jnp.concatenate([steps.time, steps.next_time[-1:]])
+
+        def one(step, y, y_next, score, score_next, time, time_next):
+            seen, seen_next = (
+                _Seen(s, self._features(params, y, t, condition))
+                for y, t, s in ((y, time, score), (y_next, time_next, score_next))
+            )
+            _, generation = self._generate(params, step, y, seen, condition)
+            _, destruction = self._destroy(params, step, y_next, seen_next, condition)
+            return _log_variance_ratio(self.dim, generation, destruction)
+
+        pairs = (a[s] for a in (ys, path.scores, times) for s in _ENDS)
+        return jax.vmap(one)(steps, *pairs)
 
     def final(
         self, params: Params, key: Key, energy: Energy, condition: Array | None = None
     ) -> Final:
         """Draws one weighted point and keeps nothing else."""
         run = self._run(params, key, energy, condition, log_densities=True)
-        y, log_prior, log_generation, log_destruction, energy_value, _ = run
-        log_ratio = jnp.sum(log_destruction - log_generation)
-        log_weight = -energy_value - log_prior + log_ratio
-        return Final(self.original(y), log_weight, energy_value)
+        log_weight = _log_weight(run.energy, run.log_prior, run.densities)
+        return Final(self.original(run.y), log_weight, run.energy)
 
     def rollout(
         self, params: Params, key: Key, energy: Energy, condition: Array | None = None
@@ -580,8 +620,8 @@ class Sampler:
         run = self._run(
             params, key, energy, condition, log_densities=True, remat=True, keep=True
         )
-        y, log_prior, log_generation, log_destruction, energy_value, path = run
-        score = path.last_score
+        y, path, energy_value = run.y, run.path, run.energy
+        score = path.scores[-1]
         if not self.needs_score:  # otherwise it is known already
             energy_value, score = self._score_at(self._bind(energy, condition), y)
             path = path._replace(energy=energy_value)
@@ -591,9 +631,9 @@ class Sampler:
         zero = y - jax.lax.stop_gradient(y)
         energy_value = energy_value - jnp.sum(score * zero)
         trajectory = self._trajectory(
-            path.xs, log_prior, log_generation, log_destruction, energy_value
+            path.xs, run.log_prior, run.densities, energy_value
         )
-        return trajectory, path
+        return trajectory, path._replace(densities=run.densities)
 
     # -- one step ---------------------------------------------------------------------
 
@@ -664,31 +704,15 @@ class Sampler:
         shift = control.astype(self._dtype) * step.shift_scale
         return shift if bounds.shift is None else _within(shift, bounds.shift)
 
-    def _kernels(self, params, path: Path, condition):
-        """Mean and standard deviation of all kernels along a path, both ways.
-
-        Steps in parallel, but of a long path not more than a chunk of them: what the
-        backward pass needs of the others is computed again, so that its memory does not
-        grow with K. On short paths that would cost a fifth of the speed.
-        """
-        steps, ys = self.steps(), self.unit(path.xs)
-        times = jnp.concatenate([steps.time, steps.next_time[-1:]])
-        scores = jnp.concatenate([path.scores, path.last_score[None]])
-
-        def of_chunk(steps, states):
-            ys, times, scores = states
-            features = jax.vmap(lambda y, t: self._features(params, y, t, condition))
-            seen = _Seen(scores, features(ys, times))
-            now, later = (jax.tree.map(lambda a, s=s: a[s], seen) for s in _ENDS)
-
-            def one(step, y, y_next, seen, next_seen):
-                generation = self._generate(params, step, y, seen, condition)
-                destruction = self._destroy(params, step, y_next, next_seen, condition)
-                return generation, destruction
-
-            return jax.vmap(one)(steps, ys[:-1], ys[1:], now, later)
-
-        return _in_chunks(of_chunk, steps, (ys, times, scores))
+    def _densities(self, y, y_next, generation, destruction) -> Densities:
+        """Of one step with these kernels, each a mean and a standard deviation."""
+        ratio = _log_variance_ratio(self.dim, generation[1], destruction[1])
+        outside = jnp.abs(jax.lax.stop_gradient(ratio)) > math.log(VARIANCE_LIMIT)
+        return Densities(
+            self._log_density(y_next, *generation),
+            self._log_density(y, *destruction),
+            jnp.mean(outside.astype(y.dtype)),
+        )
 
     def _log_density(self, y, mean, std):
         """Density in units of x; 0 for the transition into a point mass."""
@@ -717,10 +741,12 @@ class Sampler:
         log_densities: bool = False,
         remat: bool = False,
         extra_std: Array | float = 0.0,
-    ) -> tuple[Array, Array, Any, Any, Array, Any]:
-        """Simulates; returns y_K, log p_0, log p, log q, energy and, if kept, the path.
+    ) -> _Run:
+        """Simulates. Scores are computed once per state and carried on.
 
-        Scores are computed at the end of each step, once per state, and carried on.
+        States that are kept are written into the arrays in which they are returned; for
+        rematerialisation, which would store these arrays at every segment, they are put
+        together in the end.
         """
         self._check_condition(condition)
         key, dtype = as_key(key), self._dtype
@@ -735,7 +761,7 @@ class Sampler:
         extra = jnp.asarray(extra_std, dtype)
 
         def body(carry, step) -> tuple[Any, Any]:
-            y, seen, value_before = carry
+            y, seen, _, kept = carry
             mean, std = self._generate(params, step, y, seen, condition)
             noise = standard_normal(
                 jax.random.fold_in(key, step.index), (self.dim,), dtype
@@ -745,30 +771,44 @@ class Sampler:
             value, next_score = checkpoint_name((value, next_score), _EVALUATED)
             features = self._features(params, y_next, step.next_time, condition)
             next_seen = _Seen(next_score, features)
-            log_densities_of_step = None
+            densities = None
             if log_densities:
-                log_generation = self._log_density(y_next, mean, std)
-                mean, std = self._destroy(params, step, y_next, next_seen, condition)
-                log_densities_of_step = log_generation, self._log_density(y, mean, std)
-            kept = (y, seen.score, value_before) if keep else None
-            return (y_next, next_seen, value), (log_densities_of_step, kept)
+                destruction = self._destroy(params, step, y_next, next_seen, condition)
+                densities = self._densities(y, y_next, (mean, std), destruction)
+            state = (self.original(y_next), value, next_score) if keep else None
+            if keep and not remat:
+                kept, state = _put(kept, step.index + 1, state), None
+            return (y_next, next_seen, value, kept), (densities, state)
 
         log_prior = self.log_prior(y)
         features = self._features(params, y, steps.time[0], condition)
         value, score = self._value_and_score(energy, y)
-        carry = (y, _Seen(score, features), value)
+        first, kept = (self.original(y), value, score), None
+        if keep and not remat:
+            kept = _put(self._empty(first), 0, first)
+        carry = (y, _Seen(score, features), value, kept)
         scan = _sqrt_scan if remat else jax.lax.scan
-        (y, (last_score, _), value), (densities, kept) = scan(body, carry, steps)
+        (y, _, value, kept), (densities, later) = scan(body, carry, steps)
         if not self.needs_score:
             value = energy(self.original(y))
-        log_generation, log_destruction = densities if log_densities else (None, None)
         path = None
         if keep:
-            ys, scores, energies = kept
-            xs = self.original(jnp.concatenate([ys, y[None]]))
-            energies = energies if self.needs_score else energies[:0]
-            path = Path(xs, value, scores, last_score, energies)
-        return y, log_prior, log_generation, log_destruction, value, path
+            if remat:
+                kept = jax.tree.map(
+                    lambda a, b: jnp.concatenate([a[None], b]), first, later
+                )
+            assert kept is not None
+            xs, energies, scores = kept
+            path = Path(
+                xs, value, scores, energies if self.needs_score else energies[:0]
+            )
+        return _Run(y, log_prior, densities, value, path)
+
+    def _empty(self, first):
+        """Arrays for as many states as a path has, each like the first."""
+        return jax.tree.map(
+            lambda a: jnp.zeros((self.num_steps + 1, *a.shape), a.dtype), first
+        )
 
     def _complete(self, xs: Array, energy: Energy, condition) -> Path:
         """Adds energy and scores to given states."""
@@ -776,18 +816,15 @@ class Sampler:
         xs = jnp.asarray(xs, self._dtype)
         if not self.needs_score:
             empty = jnp.zeros((self.num_steps + 1, 0), self._dtype)
-            nothing = jnp.zeros((0,), self._dtype)
-            return Path(xs, energy(xs[-1]), empty[:-1], empty[-1], nothing)
+            return Path(xs, energy(xs[-1]), empty, empty[0])
         ys = self.unit(xs)
         values, scores = jax.vmap(lambda y: self._value_and_score(energy, y))(ys)
-        return Path(xs, values[-1], scores[:-1], scores[-1], values[:-1])
+        return Path(xs, values[-1], scores, values)
 
-    def _trajectory(self, xs, log_prior, log_generation, log_destruction, energy):
-        log_ratio = jnp.sum(log_destruction - log_generation)
-        log_weight = -energy - log_prior + log_ratio
-        return Trajectory(
-            xs, xs[-1], log_weight, log_prior, log_generation, log_destruction, energy
-        )
+    def _trajectory(self, xs, log_prior, densities: Densities, energy):
+        log_weight = _log_weight(energy, log_prior, densities)
+        kernels = densities.log_generation, densities.log_destruction
+        return Trajectory(xs, xs[-1], log_weight, log_prior, *kernels, energy)
 
     # -- coordinates and constants ----------------------------------------------------
 
@@ -857,6 +894,27 @@ def _nothing(dtype) -> tuple[Array, Array]:
     return jnp.zeros((), dtype), jnp.zeros((0,), dtype)
 
 
+def _put(arrays, index, values):
+    """Each array with its row of that index replaced."""
+    return jax.tree.map(
+        lambda a, v: jax.lax.dynamic_update_index_in_dim(a, v, index, 0), arrays, values
+    )
+
+
+def _log_weight(energy, log_prior, densities: Densities):
+    log_ratio = jnp.sum(densities.log_destruction - densities.log_generation)
+    return -energy - log_prior + log_ratio
+
+
+def _log_variance_ratio(dim: int, generation: Array, destruction: Array) -> Array:
+    """Of two standard deviations, [D] each, or [] where they are not learned."""
+    generation, destruction = (
+        jnp.broadcast_to(std, (dim,)) for std in (generation, destruction)
+    )
+    safe = jnp.where(destruction > 0, destruction, generation)
+    return 2 * (jnp.log(generation) - jnp.log(safe))
+
+
 def _within(value: Array, bound: float) -> Array:
     """The value, saturating smoothly at plus and minus the bound."""
     return bound * jnp.tanh(value / bound)
@@ -876,26 +934,6 @@ def _numbers(name: str, value: Any, dim: int) -> float | tuple[float, ...]:
             f"{name} must be a number or {dim} numbers, got shape {list(array.shape)}"
         )
     return tuple(float(v) for v in array)
-
-
-def _in_chunks(function, steps, states):
-    """``function(steps [c], states [c+1]) -> [c]`` over K steps, a chunk at a time."""
-    num_steps = jax.tree.leaves(steps)[0].shape[0]
-    if num_steps <= _AT_ONCE:
-        return function(steps, states)
-    num_chunks, rest = divmod(num_steps, _CHUNK)
-    starts = _CHUNK * np.arange(num_chunks)[:, None]
-
-    def rows(tree, length):
-        return jax.tree.map(lambda a: a[starts + np.arange(length)], tree)
-
-    chunked = rows(steps, _CHUNK), rows(states, _CHUNK + 1)
-    out = jax.lax.map(jax.checkpoint(lambda chunk: function(*chunk)), chunked)
-    out = jax.tree.map(lambda a: a.reshape((-1,) + a.shape[2:]), out)
-    if not rest:
-        return out
-    last = (jax.tree.map(lambda a: a[num_steps - rest :], t) for t in (steps, states))
-    return jax.tree.map(lambda a, b: jnp.concatenate([a, b]), out, function(*last))
 
 
 def _sqrt_scan(body, carry, xs):

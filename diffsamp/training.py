@@ -26,7 +26,7 @@ import optax
 from jax.tree_util import Partial
 from tqdm import tqdm
 
-from diffsamp import batching, behaviours, variances
+from diffsamp import batching, behaviours, scoring
 from diffsamp import checkpoint as files
 from diffsamp.behaviours import common
 from diffsamp.energies import as_energy, as_key
@@ -138,6 +138,7 @@ class Recipe:
         ema_decay: decay of the moving average, or None.
         anneal: maps progress in [0, 1] to a factor on every update, or None.
         paths_per_condition: rows of a batch with the same condition, if there are any.
+        memory_budget: bytes that scoring may take (`scoring`), or None.
     """
 
     sampler: Sampler
@@ -148,6 +149,7 @@ class Recipe:
     ema_decay: float | None = None
     anneal: Callable[[Array], Array] | None = None
     paths_per_condition: int = 1
+    memory_budget: int | None = None
 
     @property
     def begun(self) -> Recipe:
@@ -215,6 +217,7 @@ def batch_loss(
     *,
     keys: tuple[Key, Key],
     count: Array,
+    memory: int | None = None,
 ) -> tuple[Array, tuple[Proposal, Trajectory, Any, dict[str, Any], Array]]:
     """The loss of one batch of paths; to be differentiated.
 
@@ -228,6 +231,7 @@ def batch_loss(
         request: conditions and groups of the rows.
         keys: for paths that are simulated here, and for the objective; consumed.
         count: updates done before, [].
+        memory: bytes for scoring a piece of all paths (`scoring`).
 
     Returns:
         The loss, and the paths, their scores (and those with gradients, or None), what
@@ -242,14 +246,14 @@ def batch_loss(
         roll = jax.vmap(sampler.rollout, in_axes=(None, 0, None, 0))
         rollouts, paths = roll(params["sampler"], each, energy, condition)
         proposal = common.proposal(paths, simulated=True, on_policy=True)
-    score = jax.vmap(sampler.score_with_variances, in_axes=(None, 0, 0))
-    trajectories, log_ratios = score(params["sampler"], proposal.paths, condition)
+    trajectories, outside = scoring.score_paths(
+        sampler, params["sampler"], proposal.paths, condition, memory=memory
+    )
     batch = _batch(
         sampler, energy, request, for_loss, count, proposal, trajectories, rollouts
     )
     value, extra = objective.loss(params, objective_state, batch)
-    outside = variances.share_outside(log_ratios)
-    return value, (proposal, trajectories, rollouts, extra, outside)
+    return value, (proposal, trajectories, rollouts, extra, jnp.mean(outside))
 
 
 def _batch(sampler, energy, request, key, count, proposal, trajectories, rollouts):
@@ -317,6 +321,7 @@ def step(
             request,
             keys=(for_paths, for_loss),
             count=state.count,
+            memory=recipe.memory_budget,
         )
 
     (value, aux), gradient = jax.value_and_grad(loss, has_aux=True)(state.params)
@@ -390,6 +395,7 @@ def fit(
     anneal: Callable[[Array], Array] | None = None,
     conditions: Conditions | ArrayLike | None = None,
     paths_per_condition: int = 8,
+    memory_budget: int | None = None,
     params: Params | None = None,
     state: TrainState | None = None,
     checkpoint: str | os.PathLike | None = None,
@@ -422,6 +428,9 @@ def fit(
         conditions: for an amortised sampler of a conditional energy: conditions to
             train on, an array [N, C] or a function ``(key, n) -> [n, C]``.
         paths_per_condition: rows of a batch that share a condition; divides batch_size.
+        memory_budget: bytes that differentiating the densities of paths may take at a
+            time; by default what suits the cache of a CPU, or 1 GiB. Results do not
+            depend on it but for rounding.
         params: parameters to start from (warm start).
         state: state to go on from (continued fitting).
         checkpoint: file to write to; if it exists, the run it holds is resumed in place
@@ -482,6 +491,7 @@ def fit(
         ema_decay,
         anneal,
         paths_per_condition if sampler.condition_dim else 1,
+        memory_budget,
     )
     pilot_key, init_key = jax.random.split(key)
     progress = _Progress(recipe)

@@ -34,24 +34,40 @@ class Energy(Protocol):
     def __call__(self, x: Array, /) -> Array: ...
 
 
+class Densities(NamedTuple):
+    """What a pass over a path finds out about its K steps.
+
+    Attributes:
+        log_generation: log p(x_{k+1} | x_k), [K].
+        log_destruction: log q(x_k | x_{k+1}) (0 into a point mass), [K].
+        share_outside: share of coordinates in which the variances of the two kernels
+            differ too much (`variances`), [K].
+    """
+
+    log_generation: Array
+    log_destruction: Array
+    share_outside: Array
+
+
 class Path(NamedTuple):
     """A simulated path before it is scored.
 
     Attributes:
         xs: states from reference to target, [K+1, D].
         energy: energy of the last state, [].
-        scores: minus the energy gradient at every state but the last, [K, D]; zeros of
-            shape [K, 0] where no network asks for it.
-        last_score: the same at the last state, [D] or [0].
-        energies: energies of the states that have a score, that is of all but the
-            last, [K]; empty, [0], where no network asks for scores.
+        scores: minus the energy gradient at every state, [K+1, D]; of shape [K+1, 0]
+            where no network asks for it.
+        energies: the energies that came with the scores, [K+1], or [0].
+        densities: what is known of its steps under the parameters that it was simulated
+            with, so that scoring it with the same ones costs a gradient and no value;
+            None where nothing is.
     """
 
     xs: Array
     energy: Array
     scores: Array
-    last_score: Array
     energies: Array
+    densities: Densities | None = None
 
 
 class Trajectory(NamedTuple):

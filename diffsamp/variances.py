@@ -18,10 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffsamp.energies import as_energy, as_key
-from diffsamp.sampler import Sampler
-from diffsamp.types import Array, ArrayLike, Energy, Key, Params
+from diffsamp.sampler import VARIANCE_LIMIT, Sampler
+from diffsamp.types import ArrayLike, Energy, Key, Params
 
-LIMIT = 100.0  # of the ratio and of its inverse
 LEVELS = (0.01, 0.25, 0.5, 0.75, 0.99)
 
 
@@ -84,29 +83,25 @@ def variance_ratios(
     )
     log_ratio = np.asarray(log_ratio, np.float64)
     quantiles = np.exp(np.quantile(log_ratio, LEVELS, axis=(0, 2))).T
-    outside = float(share_outside(jnp.asarray(log_ratio)))
+    beyond = np.abs(log_ratio) > math.log(VARIANCE_LIMIT)
+    outside = float(np.mean(beyond))
     alarm = None
     if outside > 0:
-        step = int(np.argmax(np.mean(np.abs(log_ratio) > math.log(LIMIT), axis=(0, 2))))
+        step = int(np.argmax(np.mean(beyond, axis=(0, 2))))
         median = math.exp(float(np.median(log_ratio[:, step])))
         alarm = (
-            f"generation and destruction variances differ more than {LIMIT:.0f}-fold "
-            f"on {100 * outside:.2g} % of the paths' steps, most at step {step} of "
+            "generation and destruction variances differ more than "
+            f"{VARIANCE_LIMIT:.0f}-fold on {100 * outside:.2g} % of the paths' steps, most at step {step} of "
             f"{sampler.num_steps} (median ratio {median:.3g}); narrow the Bounds or "
             "lower the learning rate of the destruction kernel"
         )
     return VarianceRatios(np.array(LEVELS), quantiles, outside, alarm)
 
 
-def share_outside(log_ratio: Array) -> Array:
-    """Share of log-ratios that are beyond the limit on either side, []."""
-    return jnp.mean(jnp.abs(log_ratio) > math.log(LIMIT))
-
-
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _log_ratios(sampler, num_paths, key, params, energy, condition):
     def one(key):
         path = sampler.simulate(params, key, energy, condition)
-        return sampler.score_with_variances(params, path, condition)[1]
+        return sampler.log_variance_ratios(params, path, condition)
 
     return jax.vmap(one)(jax.random.split(key, num_paths))

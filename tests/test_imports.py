@@ -21,7 +21,8 @@ NAMEDTUPLE = {"_asdict", "_fields", "_make", "_replace"}  # public, whatever the
 # count too, unless they are in LAZY. A new file must be entered here.
 LOW = {"types", "energies"}
 STATIC = LOW | {"schedules", "_distributions", "networks", "buffers"}
-MACHINE = STATIC | {"processes", "sampler", "solvers", "deterministic", "batching"}
+MACHINE = STATIC | {"processes", "sampler", "scoring", "batching"}
+MACHINE |= {"solvers", "deterministic"}
 METHODS = MACHINE | {"samplers", "objectives", "behaviours", "mcmc", "standardise"}
 JUDGE = LOW | {"evidence", "diagnostics", "metrics"}
 ANYTHING = {"*"}
@@ -42,6 +43,7 @@ MAY_IMPORT = {
     # the machine that simulates and scores
     "processes": STATIC,
     "sampler": STATIC | {"processes"},
+    "scoring": LOW,
     "batching": STATIC | {"sampler", "deterministic"},
     "deterministic": STATIC | {"sampler", "solvers"},
     "parallel_in_time": LOW | {"deterministic"},
@@ -56,7 +58,7 @@ MAY_IMPORT = {
     "variances": MACHINE,
     # training, drawing, judging
     "checkpoint": MACHINE | {"samplers"},
-    "training": METHODS | {"checkpoint", "diagnostics", "evidence", "variances"},
+    "training": METHODS | {"checkpoint", "diagnostics", "evidence"},
     "drawing": MACHINE | JUDGE | {"mcmc", "probes"},
     "evaluation": MACHINE | JUDGE | {"drawing", "probes"},
     "plotting": MACHINE | JUDGE | {"drawing", "training"},

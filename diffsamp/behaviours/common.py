@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -72,6 +73,18 @@ def proposal(
     return Proposal(paths, rows(simulated), rows(on_policy), rows(target_draws))
 
 
+def joined(parts: Sequence[Proposal]) -> Proposal:
+    """The rows of several proposals; densities only where all have them."""
+    if any(part.paths.densities is None for part in parts):
+        parts = [without_densities(part) for part in parts]
+    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
+
+
+def without_densities(proposal: Proposal) -> Proposal:
+    """The same paths with nothing known of their densities."""
+    return proposal._replace(paths=proposal.paths._replace(densities=None))
+
+
 def empty_buffer(capacity: int, sampler: Any) -> buffers.Buffer:
     """A buffer that keeps scores if the paths of this sampler carry them."""
     return buffers.init(
@@ -88,7 +101,7 @@ def store(
         trajectories.x,
         trajectories.energy,
         proposal.simulated,
-        score=proposal.paths.last_score,
+        score=proposal.paths.scores[:, -1],
         log_weight=trajectories.log_weight,
     )
 
@@ -111,7 +124,8 @@ def stored_or_simulated(
 
     def fresh():
         paths = simulate(walk, sampler, params, energy, request)
-        return proposal(paths, simulated=True, on_policy=True)
+        fresh = proposal(paths, simulated=True, on_policy=True)
+        return without_densities(fresh)  # as the others are
 
     return jax.lax.cond(buffer.size > 0, stored, fresh)
 

@@ -8,10 +8,9 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from diffsamp.behaviours.common import num_rows
+from diffsamp.behaviours.common import joined, num_rows
 from diffsamp.types import Behaviour, Provides, total_cost
 
 
@@ -97,7 +96,7 @@ def _propose(members, states, key, sampler, params, energy, request, count):
             members, states, keys, _split(members, request), strict=True
         )
     ]
-    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
+    return joined(parts)
 
 
 def _update(

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from jax.scipy.special import logsumexp
 
 from diffsamp.behaviours.common import num_rows, proposal, simulate
+from diffsamp.scoring import score_paths
 from diffsamp.types import (
     Anchor,
     Array,
@@ -95,7 +96,8 @@ def trust_region(
     def begin(key, sampler, params, energy, num_rounds):
         request = Request(jnp.zeros((num_paths, 0)), jnp.zeros((num_paths,), jnp.int32))
         paths = simulate(key, sampler, params, energy, request)
-        scored = jax.vmap(lambda path: sampler.score_path(params, path))(paths)
+        scored, _ = score_paths(sampler, params, paths)
+        paths = paths._replace(densities=None)  # parameters move on within a round
         exponent, divergence = largest_exponent(scored.log_weight, max_divergence)
         return TrustRegionState(
             paths=paths,

@@ -22,6 +22,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from diffsamp.scoring import score_paths
 from diffsamp.types import Batch, Cost, Objective, counted, total_cost
 
 
@@ -88,10 +89,8 @@ def _loss_at(num_steps, objective, params, state, batch: Batch):
     def choose(a, b):
         return jnp.where(batch.on_policy.reshape((size,) + (1,) * (a.ndim - 1)), a, b)
 
-    paths = jax.tree.map(choose, drawn, traced)
-    trajectories = jax.vmap(sampler.score_path, in_axes=(None, 0, 0))(
-        live, paths, condition
-    )
+    paths = jax.tree.map(choose, drawn._replace(densities=None), traced)
+    trajectories, _ = score_paths(sampler, live, paths, condition)
     own = batch._replace(
         trajectories=trajectories,
         rollouts=None,

@@ -113,7 +113,7 @@ class Flow:
         if not self.forward_looking:
             return known[:, :0], Cost(0, 0)
         if known.shape[1]:
-            return known[:, 1:], Cost(0, 0)
+            return known[:, 1:-1], Cost(0, 0)
 
         def energy(x, condition):
             return batch.energy(*((x, condition) if condition.size else (x,)))

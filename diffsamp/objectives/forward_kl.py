@@ -19,6 +19,7 @@ from diffsamp.objectives.common import (
     no_state,
     row_mean,
 )
+from diffsamp.scoring import score_paths
 from diffsamp.types import Array, Cost, Objective, Requirements
 
 
@@ -64,13 +65,13 @@ def forward_kl(draws: Array | None = None) -> Objective:
         batch_size = batch.on_policy.shape[0]
         pick, trace = jax.random.split(batch.key)
         index = jax.random.randint(pick, (batch_size,), 0, points.shape[0])
-        trace_back = jax.vmap(batch.sampler.trace_back, in_axes=(None, 0, 0, None))
-        trajectories = trace_back(
+        paths = jax.vmap(batch.sampler.trace_path, in_axes=(None, 0, 0, None))(
             params["sampler"],
             jax.random.split(trace, batch_size),
             points[index],
             batch.energy,
         )
+        trajectories, _ = score_paths(batch.sampler, params["sampler"], paths)
         rows = jnp.ones((batch_size,), bool)
         loss = _negative_log_likelihood(trajectories, rows)
         price = batch.sampler.evaluations_per_path

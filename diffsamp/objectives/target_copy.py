@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from diffsamp.objectives.kernels import with_kernels
+from diffsamp.scoring import score_paths
 from diffsamp.types import Cost, Objective, total_cost
 
 
@@ -74,8 +75,9 @@ def target_copy(
     def loss(params, state, batch):
         copy, inner = state
         condition = batch.condition if batch.condition.shape[-1] else None
-        score = jax.vmap(batch.sampler.score_path, in_axes=(None, 0, 0))
-        copied = score(jax.lax.stop_gradient(copy), batch.paths, condition)
+        paths = batch.paths._replace(densities=None)  # they are of other parameters
+        copy = jax.lax.stop_gradient(copy)
+        copied, _ = score_paths(batch.sampler, copy, paths, condition)
         live = batch.trajectories
         if generation:
             kernels = copied.log_generation, live.log_destruction
