@@ -85,8 +85,8 @@ def updated(behaviour, state, x, energy, simulated, count=0, seed=2):
     trajectories = Trajectory(
         xs, xs[:, -1], energy, energy, zeros, zeros, energy=energy
     )
-    empty = jnp.zeros((size, K, 0))
-    paths = ds.Path(xs, energy, empty, empty[:, 0], empty[:, 0])
+    empty = jnp.zeros((size, K + 1, 0))
+    paths = ds.Path(xs, energy, empty, empty[:, 0])
     rows = jnp.asarray(simulated)
     proposal = ds.Proposal(paths, rows, rows, ~rows)
     update = jitted(behaviour)[2]
@@ -133,8 +133,7 @@ def test_paths_flags_and_determinism(name):
     state = started(behaviour)
     proposal = proposed(behaviour, state)
     assert proposal.paths.xs.shape == (16, K + 1, 2)
-    assert proposal.paths.scores.shape == (16, K, 0)
-    assert proposal.paths.last_score.shape == (16, 0)
+    assert proposal.paths.scores.shape == (16, K + 1, 0)
     energies = jax.vmap(skewed_energy)(proposal.paths.xs[:, -1])
     np.testing.assert_allclose(proposal.paths.energy, energies, rtol=1e-5, atol=1e-5)
     assert flags(proposal) == FLAGS[name]
@@ -383,8 +382,8 @@ def _start_and_update(sampler, energy, key, x, count):
     size = len(x)
     xs = jnp.broadcast_to(x[:, None], (size, K + 1, 2))
     energies, zeros = jax.vmap(energy)(x), jnp.zeros((size, K))
-    score = jnp.zeros((size, 2 * sampler.needs_score))
-    paths = ds.Path(xs, energies, xs, score, energies)
+    scores = jnp.zeros((size, K + 1, 2 * sampler.needs_score))
+    paths = ds.Path(xs, energies, scores, energies)
     trajectories = Trajectory(xs, x, energies, energies, zeros, zeros, energies)
     rows = jnp.ones(size, bool)
     proposal = ds.Proposal(paths, rows, rows, ~rows)

@@ -148,33 +148,6 @@ def test_scored_paths_have_no_gradient_in_the_states(made):
     assert any(np.any(leaf != 0) for leaf in jax.tree.leaves(in_params))
 
 
-@pytest.mark.parametrize(
-    "name", mostly_slow(("dis_free", "gbs", "dis_shared"), "dis_free")
-)
-def test_long_paths_scored_in_chunks_are_scored_alike(name, monkeypatch):
-    """Five chunks and three steps more."""
-    sampler = SAMPLERS[name](num_steps=43)
-    params = perturbed(sampler.init(jax.random.key(0)), 0.2)
-    draw = jax.jit(lambda params, key: sampler(params, key, skewed_energy))
-    drawn = draw(params, jax.random.key(1))
-
-    def scored():
-        @jax.jit
-        @functools.partial(jax.value_and_grad, has_aux=True)
-        def run(params):
-            trajectory = sampler.score(params, drawn.xs, skewed_energy)
-            return trajectory.log_weight, trajectory
-
-        return run(params)
-
-    (_, trajectory), gradient = scored()
-    assert_trees_close(trajectory, drawn, rtol=1e-3, atol=1e-4)
-    monkeypatch.setattr("diffsamp.sampler._AT_ONCE", 43)
-    (_, at_once), same_gradient = scored()
-    assert_trees_close(trajectory, at_once, rtol=1e-4, atol=1e-5)
-    assert_trees_close(gradient, same_gradient, rtol=1e-3, atol=1e-4)
-
-
 # -- step counts ----------------------------------------------------------------------
 
 
