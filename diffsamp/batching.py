@@ -14,7 +14,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, PartitionSpec
 
+from diffsamp import meshes
 from diffsamp.deterministic import ProbabilityFlow
 from diffsamp.energies import as_energy
 from diffsamp.sampler import Final, Sampler
@@ -32,16 +34,16 @@ def draw_final(
     num_draws: int,
     batch_size: int = BATCH,
     condition: Array | None = None,
+    mesh: Mesh | None = None,
 ) -> Final:
     """Last states, weights and energies of ``num_draws`` paths, on the host."""
-    num_blocks = -(-batch_size // BLOCK)
+    num_blocks = _num_blocks(batch_size, mesh)
     size = num_blocks * BLOCK
-    energy, parts = as_energy(energy), []
-    conditions = _repeated(condition, size)
+    parts = []
+    given = params, key, as_energy(energy), _repeated(condition, size)
+    given = meshes.put_everywhere(mesh, given)
     for start in range(0, num_draws, size):
-        part = _draw_blocks(
-            sampler, num_blocks, params, key, energy, np.int32(start), conditions
-        )
+        part = _draw_blocks(sampler, num_blocks, mesh, np.int32(start), *given)
         keep = min(size, num_draws - start)
         parts.append(jax.tree.map(lambda a, n=keep: np.asarray(a)[:n], part))
     return jax.tree.map(lambda *a: np.concatenate(a), *parts)
@@ -59,9 +61,8 @@ def pilot(
     ``conditions`` are one per draw, [BATCH, C], where the sampler has any.
     """
     start, num_blocks = np.int32(0), BATCH // BLOCK
-    return _draw_blocks(
-        sampler, num_blocks, params, key, as_energy(energy), start, conditions
-    )
+    given = params, key, as_energy(energy), conditions
+    return _draw_blocks(sampler, num_blocks, None, start, *given)
 
 
 def trace_back_log_weights(
@@ -72,52 +73,73 @@ def trace_back_log_weights(
     x: Array,
     batch_size: int = BATCH,
     condition: Array | None = None,
+    mesh: Mesh | None = None,
 ) -> np.ndarray:
     """Log-weights of paths traced back from points x [M, D], on the host."""
-    num_blocks = -(-batch_size // BLOCK)
+    num_blocks = _num_blocks(batch_size, mesh)
     size = num_blocks * BLOCK
-    energy, parts = as_energy(energy), []
-    conditions = _repeated(condition, size)
+    parts = []
+    given = params, key, as_energy(energy), _repeated(condition, size)
+    given = meshes.put_everywhere(mesh, given)
     for start in range(0, x.shape[0], size):
-        rows = x[start : start + size]
-        padding = jnp.broadcast_to(rows[:1], (size - len(rows), x.shape[1]))
-        filled = jnp.concatenate([rows, padding])
+        points = x[start : start + size]
+        padding = jnp.broadcast_to(points[:1], (size - len(points), x.shape[1]))
+        filled = meshes.put_everywhere(mesh, jnp.concatenate([points, padding]))
         values = _trace_blocks(
-            sampler,
-            num_blocks,
-            params,
-            key,
-            energy,
-            np.int32(start),
-            filled,
-            conditions,
+            sampler, num_blocks, mesh, np.int32(start), *given, filled
         )
-        parts.append(np.asarray(values)[: len(rows)])
+        parts.append(np.asarray(values)[: len(points)])
     return np.concatenate(parts)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _draw_blocks(sampler, num_blocks, params, key, energy, start, conditions):
-    def block(inputs):
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _draw_blocks(sampler, num_blocks, mesh, start, params, key, energy, conditions):
+    def block(shared, inputs):
+        params, key, energy, start = shared
         index, rows = inputs
-        keys = _keys(key, start, index)
         final = jax.vmap(sampler.final, in_axes=(None, 0, None, 0))
-        return final(params, keys, energy, rows)
+        return final(params, _keys(key, start, index), energy, rows)
 
-    blocks = _in_blocks(conditions, num_blocks)
-    return _flat(jax.lax.map(block, (jnp.arange(num_blocks), blocks)))
+    shared = params, key, energy, start
+    return _over_blocks(block, num_blocks, mesh, shared, conditions)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _trace_blocks(sampler, num_blocks, params, key, energy, start, x, conditions):
-    def block(inputs):
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _trace_blocks(sampler, num_blocks, mesh, start, params, key, energy, conditions, x):
+    def block(shared, inputs):
+        params, key, energy, start = shared
         index, (points, rows) = inputs
         keys = _keys(key, start, index)
         trace = jax.vmap(sampler.trace_back, in_axes=(None, 0, 0, None, 0))
         return trace(params, keys, points, energy, rows).log_weight
 
-    blocks = _in_blocks((x, conditions), num_blocks)
-    return _flat(jax.lax.map(block, (jnp.arange(num_blocks), blocks)))
+    shared = params, key, energy, start
+    return _over_blocks(block, num_blocks, mesh, shared, (x, conditions))
+
+
+def _over_blocks(block, num_blocks, mesh, shared, of_rows):
+    """One block after the other, and the devices of a mesh side by side."""
+
+    def run(shared, inputs):
+        return jax.lax.map(lambda one: block(shared, one), inputs)
+
+    if mesh is not None:
+        whole, spread = PartitionSpec(), meshes.rows(mesh)
+        run = jax.shard_map(
+            run,
+            mesh=mesh,
+            in_specs=(whole, spread),
+            out_specs=spread,
+            check_vma=False,
+        )
+    blocks = jnp.arange(num_blocks), _in_blocks(of_rows, num_blocks)
+    return meshes.everywhere(mesh, _flat(run(shared, blocks)))
+
+
+def _num_blocks(batch_size: int, mesh: Mesh | None) -> int:
+    """As many as the batch needs, and as many for each device as for the others."""
+    num_devices = 1 if mesh is None else mesh.size
+    return -(-batch_size // (BLOCK * num_devices)) * num_devices
 
 
 def _repeated(condition, size):

@@ -46,6 +46,7 @@ CLASSES = {
         schedules.FixedGrid,
         networks.LinenControl,
         networks.LinenBackbone,
+        networks.ReducedPrecision,
         networks.FourierMLP,
         networks.FreeModule,
         networks.ScoreGuidedModule,
@@ -256,6 +257,8 @@ def _encode(value: Any) -> Any:
         return value
     if isinstance(value, tuple):
         return {"tuple": [_encode(v) for v in value]}
+    if isinstance(value, jax.lax.DotAlgorithmPreset):
+        return {"algorithm": value.name}
     name = type(value).__name__
     if CLASSES.get(name) is not type(value):
         return None
@@ -275,6 +278,8 @@ def _decode(value: Any) -> Any:
     if "tuple" in value:
         return tuple(_decode(v) for v in value["tuple"])
     try:
+        if "algorithm" in value:
+            return jax.lax.DotAlgorithmPreset[value["algorithm"]]
         cls = CLASSES[value["class"]]
         return cls(**{k: _decode(v) for k, v in value["fields"].items()})
     except (KeyError, TypeError) as error:

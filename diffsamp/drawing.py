@@ -8,8 +8,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
-from diffsamp import batching, evidence, probes
+from diffsamp import batching, evidence, meshes, probes
 from diffsamp import diagnostics as judging
 from diffsamp.deterministic import ProbabilityFlow
 from diffsamp.diagnostics import Diagnostics
@@ -92,6 +93,7 @@ def draw(
     probe: probes.Probe | ArrayLike | None = None,
     condition: ArrayLike | None = None,
     batch_size: int = batching.BATCH,
+    mesh: Mesh | None = None,
 ) -> Draws:
     """Draws weighted points and judges them.
 
@@ -110,6 +112,8 @@ def draw(
             ``reweight (coverage unchecked)``.
         condition: [condition_dim], where the sampler has one.
         batch_size: draws per compiled call; bounds the memory used.
+        mesh: devices to spread the draws over; they are the same on any, bit by bit on
+            CPUs.
 
     Returns:
         `Draws`.
@@ -136,11 +140,11 @@ def draw(
             "a probe compares weights, and these draws have none: "
             f"{sampler.why_no_weight}"
         )
-    key, energy = as_key(key), as_energy(energy)
+    key, energy, mesh = as_key(key), as_energy(energy), meshes.as_mesh(mesh)
     condition = _as_condition(condition)
     sampler.check_energy(energy, condition)
     final = batching.draw_final(
-        key, sampler, params, energy, num_draws, batch_size, condition
+        key, sampler, params, energy, num_draws, batch_size, condition, mesh
     )
     price = sampler.evaluations_per_path
     counts = [num_draws * p for p in price]
@@ -155,6 +159,7 @@ def draw(
             probe.x,
             batch_size,
             condition=condition,
+            mesh=mesh,
         )
         probe_weights = probe.weights
         if probe.target_draws:
@@ -195,6 +200,7 @@ def log_weights_of(
     batch_size: int = batching.BATCH,
     *,
     condition: ArrayLike | None = None,
+    mesh: Mesh | None = None,
 ) -> np.ndarray:
     """Log-weights of paths traced back from given points.
 
@@ -209,6 +215,7 @@ def log_weights_of(
         x: points, [M, D].
         batch_size: paths per compiled call.
         condition: [condition_dim], where the sampler has one.
+        mesh: devices to spread the paths over.
 
     Raises:
         ValueError: when x is not of shape [M, D], condition of another shape, or the
@@ -222,7 +229,14 @@ def log_weights_of(
     condition = _as_condition(condition)
     sampler.check_energy(energy, condition)
     return batching.trace_back_log_weights(
-        as_key(key), sampler, params, as_energy(energy), x, batch_size, condition
+        as_key(key),
+        sampler,
+        params,
+        as_energy(energy),
+        x,
+        batch_size,
+        condition,
+        meshes.as_mesh(mesh),
     )
 
 

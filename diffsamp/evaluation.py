@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from diffsamp import batching, diagnostics, drawing, evidence, metrics, probes
 from diffsamp.deterministic import ProbabilityFlow
@@ -28,6 +29,7 @@ def evaluate(
     condition: ArrayLike | None = None,
     sinkhorn: bool | None = None,
     batch_size: int = batching.BATCH,
+    mesh: Mesh | None = None,
 ) -> dict[str, Any]:
     """Every measure of quality that the target allows, each beside its floor.
 
@@ -51,6 +53,7 @@ def evaluate(
             installed. The entropy is 0.05 times the target's total variance; one that
             does not converge is NaN.
         batch_size: paths per compiled call.
+        mesh: devices to spread paths over.
 
     Returns:
         A dict with ``elbo``, ``log_z``, ``log_z_standard_error``, ``log_z_smoothed``
@@ -96,6 +99,7 @@ def evaluate(
         probe=probe,
         condition=condition,
         batch_size=batch_size,
+        mesh=mesh,
     )
     report = draws.diagnostics
     out: dict[str, Any] = {

@@ -34,6 +34,7 @@ def score_paths(
     condition: Array | None = None,
     *,
     memory: int | None = None,
+    mesh: Any = None,
 ) -> tuple[Trajectory, Array]:
     """Scores a batch of paths; differentiable in the parameters, not in the states.
 
@@ -45,6 +46,7 @@ def score_paths(
         condition: [B, C], or None.
         memory: bytes that a piece may take on the way back, or None for a number that
             suits the backend.
+        mesh: devices over which the paths are spread, or None.
 
     Returns:
         Trajectories, with a leading axis B, and `Densities.share_outside`, [B, K].
@@ -53,7 +55,7 @@ def score_paths(
         ValueError: when the memory does not suffice for a single step.
     """
     paths = jax.lax.stop_gradient(paths)
-    num_rows = paths.energy.shape[0]
+    num_rows = paths.energy.shape[0] // (1 if mesh is None else mesh.size)
     size = steps_at_a_time(sampler, params, num_rows, memory)
     densities = _densities(sampler, size, params, paths, condition)
     trajectories = jax.vmap(sampler.with_densities)(paths, densities)

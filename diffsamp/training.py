@@ -23,10 +23,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 from jax.tree_util import Partial
 from tqdm import tqdm
 
-from diffsamp import batching, behaviours, scoring
+from diffsamp import batching, behaviours, meshes, scoring
 from diffsamp import checkpoint as files
 from diffsamp.behaviours import common
 from diffsamp.energies import as_energy, as_key
@@ -138,7 +139,8 @@ class Recipe:
         ema_decay: decay of the moving average, or None.
         anneal: maps progress in [0, 1] to a factor on every update, or None.
         paths_per_condition: rows of a batch with the same condition, if there are any.
-        memory_budget: bytes that scoring may take (`scoring`), or None.
+        memory_budget: bytes that scoring may take on a device (`scoring`), or None.
+        mesh: devices over which rows of a batch are spread, or None.
     """
 
     sampler: Sampler
@@ -150,6 +152,7 @@ class Recipe:
     anneal: Callable[[Array], Array] | None = None
     paths_per_condition: int = 1
     memory_budget: int | None = None
+    mesh: Mesh | None = None
 
     @property
     def begun(self) -> Recipe:
@@ -218,6 +221,7 @@ def batch_loss(
     keys: tuple[Key, Key],
     count: Array,
     memory: int | None = None,
+    mesh: Mesh | None = None,
 ) -> tuple[Array, tuple[Proposal, Trajectory, Any, dict[str, Any], Array]]:
     """The loss of one batch of paths; to be differentiated.
 
@@ -232,6 +236,7 @@ def batch_loss(
         keys: for paths that are simulated here, and for the objective; consumed.
         count: updates done before, [].
         memory: bytes for scoring a piece of all paths (`scoring`).
+        mesh: devices over which the paths are spread, or None.
 
     Returns:
         The loss, and the paths, their scores (and those with gradients, or None), what
@@ -243,11 +248,12 @@ def batch_loss(
     rollouts = None
     if proposal is None:
         each = jax.random.split(for_paths, request.group.shape[0])
+        each = meshes.spread(mesh, each)
         roll = jax.vmap(sampler.rollout, in_axes=(None, 0, None, 0))
         rollouts, paths = roll(params["sampler"], each, energy, condition)
         proposal = common.proposal(paths, simulated=True, on_policy=True)
     trajectories, outside = scoring.score_paths(
-        sampler, params["sampler"], proposal.paths, condition, memory=memory
+        sampler, params["sampler"], proposal.paths, condition, memory=memory, mesh=mesh
     )
     batch = _batch(
         sampler, energy, request, for_loss, count, proposal, trajectories, rollouts
@@ -298,6 +304,7 @@ def step(
     current = state.params["sampler"]
     differentiable = objective.requires.simulation_gradient
     request = _request(jax.random.fold_in(key, 3), recipe, conditions)
+    request = meshes.spread(recipe.mesh, request)
     proposal = None
     if not differentiable:
         proposal = behaviour.propose(
@@ -309,6 +316,7 @@ def step(
             request,
             state.count,
         )
+        proposal = meshes.spread(recipe.mesh, proposal)
 
     def loss(params):
         return batch_loss(
@@ -322,6 +330,7 @@ def step(
             keys=(for_paths, for_loss),
             count=state.count,
             memory=recipe.memory_budget,
+            mesh=recipe.mesh,
         )
 
     (value, aux), gradient = jax.value_and_grad(loss, has_aux=True)(state.params)
@@ -375,7 +384,7 @@ def step(
         **behaviour.metrics(behaviour_state),
     }
     cost = total_cost([cost, extra.get("cost", Cost(0, 0))])
-    return new, metrics, counted(cost)
+    return meshes.everywhere(recipe.mesh, (new, metrics, counted(cost)))
 
 
 def fit(
@@ -396,6 +405,7 @@ def fit(
     conditions: Conditions | ArrayLike | None = None,
     paths_per_condition: int = 8,
     memory_budget: int | None = None,
+    mesh: Mesh | None = None,
     params: Params | None = None,
     state: TrainState | None = None,
     checkpoint: str | os.PathLike | None = None,
@@ -431,6 +441,9 @@ def fit(
         memory_budget: bytes that differentiating the densities of paths may take at a
             time; by default what suits the cache of a CPU, or 1 GiB. Results do not
             depend on it but for rounding.
+        mesh: devices to spread the rows of every batch over; it must divide batch_size.
+            Parameters and buffers are whole on each. Results do not depend on it but
+            for rounding, and a checkpoint may be resumed on another number of devices.
         params: parameters to start from (warm start).
         state: state to go on from (continued fitting).
         checkpoint: file to write to; if it exists, the run it holds is resumed in place
@@ -452,8 +465,9 @@ def fit(
 
     Raises:
         ValueError: for an energy that fails or is non-finite wherever the sampler
-            starts, a batch size below 2, conditions of a wrong shape, or an objective
-            the behaviour cannot serve.
+            starts, a batch size below 2 or one that the mesh does not divide, a memory
+            budget too small for one step of all paths, conditions of a wrong shape, or
+            an objective the behaviour cannot serve.
         TrainingDiverged: after ``max_skipped_in_a_row`` skipped updates in a row; the
             exception carries the last good state.
         Exception: whatever a callback raises. As every exception after the first
@@ -473,9 +487,10 @@ def fit(
         (2,)
     """
     begin = time.perf_counter()
-    key, energy = as_key(key), as_energy(energy)
+    key, energy, mesh = as_key(key), as_energy(energy), meshes.as_mesh(mesh)
     behaviour = behaviour or behaviours.on_policy()
     _check_parts(sampler, objective, behaviour, batch_size)
+    meshes.check_divides("batch_size", batch_size, mesh)
     conditions = _as_conditions(conditions, sampler, paths_per_condition, batch_size)
     _check_energy(sampler, energy, conditions)
     limits = num_updates, max_seconds, max_energy_evaluations
@@ -492,6 +507,7 @@ def fit(
         anneal,
         paths_per_condition if sampler.condition_dim else 1,
         memory_budget,
+        mesh,
     )
     pilot_key, init_key = jax.random.split(key)
     progress = _Progress(recipe)
@@ -509,14 +525,15 @@ def fit(
         progress.add_cost(cost)
     if not resumed:
         progress.first = int(state.count)
+    state, energy, conditions = meshes.put_everywhere(mesh, (state, energy, conditions))
     total = None if num_updates is None else progress.first + num_updates
 
     chunk = functools.partial(_chunk, recipe.begun, updates_per_chunk or MAX_CHUNK)
     total_or_never = np.float32(np.inf if num_updates is None else num_updates)
     first = np.int32(progress.first)
 
-    def run(state, num) -> tuple[TrainState, dict[str, Array], Cost]:
-        spent = (time.perf_counter() - ready) / max_seconds if max_seconds else 0.0
+    def run(state, num, elapsed) -> tuple[TrainState, dict[str, Array], Cost]:
+        spent = elapsed / max_seconds if max_seconds else 0.0
         if max_energy_evaluations:
             spent = max(spent, progress.num_evaluations / max_energy_evaluations)
         share = np.float32(min(spent, 1.0))
@@ -524,7 +541,7 @@ def fit(
         return chunk(state, energy, conditions, *numbers)
 
     def keep(state):
-        if checkpoint is not None:
+        if checkpoint is not None and meshes.is_first_process(mesh):
             try:
                 progress.write(checkpoint, recipe, state)
             except OSError as error:  # a full disk must not cost the run
@@ -536,7 +553,7 @@ def fit(
 
     ready = begin
     if total is None or int(state.count) < total:
-        jax.block_until_ready(run(state, 0))
+        jax.block_until_ready(run(state, 0, 0.0))
     ready = last_write = time.perf_counter()
     per_update = None
     stopped_by, last_good = "num_updates", state
@@ -561,7 +578,8 @@ def fit(
 
     try:
         while total is None or int(state.count) < total:
-            elapsed = time.perf_counter() - ready
+            clock = time.perf_counter() - ready, _chunk_length(per_update)
+            elapsed, length = meshes.agreed(mesh, clock)
             if max_seconds is not None and elapsed >= max_seconds:
                 stopped_by = "max_seconds"
                 break
@@ -569,13 +587,13 @@ def fit(
             if budget is not None and progress.num_evaluations >= budget:
                 stopped_by = "max_energy_evaluations"
                 break
-            num = updates_per_chunk or _chunk_length(per_update)
+            num = updates_per_chunk or int(length)
             if total is not None:
                 num = min(num, total - int(state.count))
             if budget is not None:
                 num = min(num, progress.updates_within(budget))
             chunk_begin, in_a_row = time.perf_counter(), int(state.skipped_in_a_row)
-            state, metrics, cost = run(state, num)
+            state, metrics, cost = run(state, num, elapsed)
             jax.block_until_ready(state)
             per_update = (time.perf_counter() - chunk_begin) / num
             metrics = {name: np.asarray(v)[:num] for name, v in metrics.items()}
@@ -597,9 +615,11 @@ def fit(
             if time.perf_counter() - last_write >= checkpoint_seconds:
                 keep(state)
                 last_write = time.perf_counter()
-            if callback is not None and callback(int(state.count), metrics):
-                stopped_by = "callback"
-                break
+            if callback is not None:
+                wish = bool(callback(int(state.count), metrics))
+                if meshes.agreed(mesh, (wish,))[0]:
+                    stopped_by = "callback"
+                    break
     except KeyboardInterrupt:
         stopped_by, state = "interrupt", last_good
     except Exception as error:
@@ -723,6 +743,7 @@ class _Progress:
             "counts": [self.num_energy, self.num_gradient, self.num_network],
             "first": self.first,
         }
+        state = meshes.on_this_host(state)
         files.write(path, header, {"state": state, "metrics": self.metrics})
 
     def read(self, path, recipe: Recipe, shapes: TrainState) -> TrainState:

@@ -91,9 +91,9 @@ def variance_ratios(
         median = math.exp(float(np.median(log_ratio[:, step])))
         alarm = (
             "generation and destruction variances differ more than "
-            f"{VARIANCE_LIMIT:.0f}-fold on {100 * outside:.2g} % of the paths' steps, most at step {step} of "
-            f"{sampler.num_steps} (median ratio {median:.3g}); narrow the Bounds or "
-            "lower the learning rate of the destruction kernel"
+            f"{VARIANCE_LIMIT:.0f}-fold on {100 * outside:.2g} % of the paths' steps, "
+            f"most at step {step} of {sampler.num_steps} (median ratio {median:.3g}); "
+            "narrow the Bounds or lower the learning rate of the destruction kernel"
         )
     return VarianceRatios(np.array(LEVELS), quantiles, outside, alarm)
 

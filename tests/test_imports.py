@@ -22,7 +22,7 @@ NAMEDTUPLE = {"_asdict", "_fields", "_make", "_replace"}  # public, whatever the
 LOW = {"types", "energies"}
 STATIC = LOW | {"schedules", "_distributions", "networks", "buffers"}
 MACHINE = STATIC | {"processes", "sampler", "scoring", "batching"}
-MACHINE |= {"solvers", "deterministic"}
+MACHINE |= {"solvers", "deterministic", "meshes"}
 METHODS = MACHINE | {"samplers", "objectives", "behaviours", "mcmc", "standardise"}
 JUDGE = LOW | {"evidence", "diagnostics", "metrics"}
 ANYTHING = {"*"}
@@ -44,7 +44,8 @@ MAY_IMPORT = {
     "processes": STATIC,
     "sampler": STATIC | {"processes"},
     "scoring": LOW,
-    "batching": STATIC | {"sampler", "deterministic"},
+    "meshes": set(),
+    "batching": STATIC | {"sampler", "deterministic", "meshes"},
     "deterministic": STATIC | {"sampler", "solvers"},
     "parallel_in_time": LOW | {"deterministic"},
     "not_bounds": LOW | {"deterministic"},

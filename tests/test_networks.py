@@ -59,6 +59,7 @@ INITIAL = {
     # gain * (s_t - s_0) with s_t = (1 - t) s_0 + t score and s_0 = -x
     "annealed_score_guided": lambda: 0.5 * (0.75 * -X + 0.25 * SCORE + X),
     "reference_guided": lambda: 0.5 * 0.75 * -X,
+    "reduced_precision": lambda: np.zeros(DIM),
 }
 
 

@@ -28,6 +28,8 @@ from diffsamp.networks.data_prediction import data_prediction as data_prediction
 from diffsamp.networks.fourier import FourierFeatures as FourierFeatures
 from diffsamp.networks.fourier import FourierMLP as FourierMLP
 from diffsamp.networks.fourier import TimeScale as TimeScale
+from diffsamp.networks.precision import ReducedPrecision as ReducedPrecision
+from diffsamp.networks.precision import reduced_precision as reduced_precision
 
 __all__ = [
     "AnnealedScoreModule",
@@ -43,6 +45,7 @@ __all__ = [
     "FunctionControl",
     "LinenBackbone",
     "LinenControl",
+    "ReducedPrecision",
     "ReferenceGuidedModule",
     "ScoreGuidedModule",
     "TimeScale",
@@ -54,6 +57,7 @@ __all__ = [
     "free",
     "from_function",
     "linen",
+    "reduced_precision",
     "reference_guided",
     "score_guided",
 ]

@@ -1,0 +1,179 @@
+"""Eight virtual devices, and two processes that talk over the loopback interface.
+
+The number of devices of a process is fixed when JAX starts, so programs run in
+processes of their own. Each prints its results as one line of JSON.
+"""
+
+import json
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+import textwrap
+
+import jax
+import numpy as np
+import pytest
+
+import diffsamp as ds
+from diffsamp import meshes
+
+ROOT = pathlib.Path(__file__).parents[1]
+DEVICES = "--xla_force_host_platform_device_count="
+
+COMMON = textwrap.dedent(
+    """
+    target = ds.targets.gmm9()
+    network = ds.networks.free(width=8, depth=1)
+    sampler = ds.samplers.dis(2, 4, scale=4.0, network=network)
+    behaviour = ds.behaviours.mixture(
+        (ds.behaviours.on_policy(), 0.5), (ds.behaviours.replay(256), 0.5)
+    )
+
+    def mesh_of(n):
+        return jax.make_mesh((n,), ("batch",), devices=jax.devices()[:n])
+
+    def fit(mesh, num_updates=4, **options):
+        return ds.fit(
+            jax.random.key(0), sampler, ds.objectives.log_variance(), target.energy,
+            behaviour=behaviour, batch_size=16, num_updates=num_updates, mesh=mesh,
+            updates_per_chunk=2, progress_bar=False, **options,
+        )
+
+    def draw(params, mesh):
+        draws = ds.draw(
+            jax.random.key(1), sampler, params, target.energy, 3_000, mesh=mesh,
+            probe=target.sample(jax.random.key(2), 300),
+        )
+        weights = draws.log_weight.tolist()
+        return [draws.x.tolist(), weights, draws.diagnostics.missing_mass]
+    """
+)
+
+
+@pytest.fixture(scope="module")
+def loss_alone():
+    """Losses of the same training on one device, [4]."""
+    found = {"jax": jax, "ds": ds}
+    exec(compile(COMMON, "common", "exec"), found)
+    return found["fit"](None).metrics["loss"]
+
+
+class _Program:
+    """A Python process that has COMMON, and the line it prints."""
+
+    def __init__(self, code, before="", **environment):
+        parts = "import json, os, jax, diffsamp as ds", before, COMMON, code
+        environment.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", "\n".join(map(textwrap.dedent, parts))],
+            env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.process.kill()
+        self.process.communicate()
+
+    def result(self):
+        out, errors = self.process.communicate(timeout=240)
+        assert self.process.returncode == 0, errors
+        return json.loads(out.splitlines()[-1])
+
+
+def test_the_same_on_one_two_and_eight_devices(loss_alone, tmp_path):
+    code = """
+        path = os.environ["FILE"]
+        eight = fit(mesh_of(8), 2, checkpoint=path)
+        two = fit(mesh_of(2), checkpoint=path)
+        print(json.dumps({
+            "devices": [len(r.state.count.sharding.device_set) for r in (eight, two)],
+            "counts": [r.num_network_evaluations for r in (eight, two)],
+            "loss": two.metrics["loss"].tolist(),
+            "draws": [draw(two.params, mesh_of(n)) for n in (1, 2, 8)],
+        }))
+        """
+    file = str(tmp_path / "run")
+    with _Program(code, XLA_FLAGS=f"{DEVICES}8", FILE=file) as program:
+        found = program.result()
+    assert found["devices"] == [8, 2]
+    assert np.diff(found["counts"]) == 2 * 16 * 4 * 2  # passes, rows, steps, updates
+    np.testing.assert_allclose(found["loss"], loss_alone, rtol=1e-4)
+    one, two, eight = found["draws"]
+    assert one == two == eight  # bit by bit
+
+
+def test_two_processes_on_the_loopback_interface(loss_alone, tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    before = """
+        jax.distributed.initialize(
+            os.environ["ADDRESS"], num_processes=2, process_id=int(os.environ["NUMBER"])
+        )
+        """
+    code = """
+        mesh, seen = mesh_of(jax.device_count()), []
+
+        def callback(count, metrics):
+            seen.append(count)
+            return jax.process_index() == 0 and count == 4
+
+        result = fit(mesh, 8, callback=callback, checkpoint=os.environ["FILE"])
+        timed = fit(mesh, None, max_seconds=0.5)
+        print(json.dumps({
+            "devices": [jax.local_device_count(), jax.device_count()],
+            "loss": result.metrics["loss"].tolist(),
+            "draws": draw(result.params, mesh),
+            "timed": timed.metrics["loss"].tolist(),
+            "seen": seen,
+            "stopped_by": [result.stopped_by, timed.stopped_by],
+            "wrote": os.path.exists(os.environ["FILE"]),
+        }))
+        """
+    common = {"ADDRESS": f"127.0.0.1:{port}", "XLA_FLAGS": f"{DEVICES}2"}
+    files = [str(tmp_path / name) for name in ("of_first", "of_second")]
+    with (
+        _Program(code, before, NUMBER="0", FILE=files[0], **common) as first,
+        _Program(code, before, NUMBER="1", FILE=files[1], **common) as second,
+    ):
+        found, other = first.result(), second.result()
+    assert found.pop("wrote")
+    assert not other.pop("wrote")
+    assert found == other
+    assert found["devices"] == [2, 4]
+    assert found["seen"] == [2, 4]  # the first process stopped both
+    assert found["stopped_by"] == ["callback", "max_seconds"]
+    np.testing.assert_allclose(found["loss"], loss_alone, rtol=1e-4)
+
+
+# -- bad input ------------------------------------------------------------------------
+
+
+class _Devices:
+    """Of a mesh, what a check needs to know."""
+
+    size = 8
+
+
+def test_a_batch_that_the_mesh_does_not_divide():
+    with pytest.raises(ValueError, match=r"batch_size=100 cannot .* multiple of 8"):
+        meshes.check_divides("batch_size", 100, _Devices())
+    meshes.check_divides("batch_size", 100, None)
+    meshes.check_divides("batch_size", 96, _Devices())
+
+
+def test_something_that_is_no_mesh():
+    sampler = ds.samplers.dis(2, 4, network=ds.networks.free(width=8, depth=1))
+    energy, key = ds.targets.gmm9().energy, jax.random.key(0)
+    no_mesh = pytest.raises(ValueError, match=r"mesh must be a jax\.sharding\.Mesh")
+    with no_mesh:
+        ds.fit(key, sampler, ds.objectives.log_variance(), energy, mesh=2)
+    with no_mesh:
+        ds.draw(key, sampler, sampler.init(key), energy, mesh=2)

@@ -1,0 +1,185 @@
+"""The second pass: the naive gradient, whatever is known, a piece at a time.
+
+Paths of five steps, two at a time: the last piece overlaps its neighbour.
+"""
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from tables import (
+    NEED_DESTRUCTION,
+    OBJECTIVES,
+    SAMPLERS,
+    batch_of_paths,
+    conditional_energy,
+    mostly_slow,
+    perturbed,
+    rows_of,
+    skewed_energy,
+)
+
+import diffsamp as ds
+from diffsamp.behaviours.common import proposal
+from diffsamp.scoring import bytes_per_step, score_paths, steps_at_a_time
+from diffsamp.types import Anchor
+
+STEPS, ROWS = 5, 6
+
+
+def _made(name):
+    sampler = SAMPLERS[name](num_steps=STEPS)
+    params = perturbed(sampler.init(jax.random.key(0)), 0.2)
+    paths = batch_of_paths(sampler, params, ROWS, jax.random.key(1)).paths
+    return sampler, params, paths, 2 * ROWS * bytes_per_step(sampler, params)
+
+
+def _assert_same(found, expected):
+    tolerance = 1e-10 if jax.config.jax_enable_x64 else 1e-4
+    for a, b in zip(found, expected, strict=True):
+        difference = optax.tree.norm(jax.tree.map(jnp.subtract, a, b))
+        assert float(difference) <= tolerance * float(optax.tree.norm(b))
+
+
+def _check_sampler(name):
+    sampler, params, paths, memory = _made(name)
+    weights = jnp.linspace(-1.0, 2.0, ROWS)
+
+    def loss_of(score):
+        def loss(params):
+            scored = score(params)
+            return jnp.sum(weights * scored.log_weight), scored.log_weight
+
+        (_, log_weight), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(
+            params
+        )
+        return log_weight, gradient
+
+    def naive(params):
+        score = jax.vmap(sampler.score, in_axes=(None, 0, None))
+        return score(params, paths.xs, skewed_energy)
+
+    expected = loss_of(naive)
+    assert steps_at_a_time(sampler, params, ROWS, memory) == 2
+    for known in (paths, paths._replace(densities=None)):
+        found = loss_of(lambda p, k=known: score_paths(sampler, p, k, memory=memory)[0])
+        _assert_same(found, expected)
+
+
+@pytest.mark.parametrize(
+    "name", mostly_slow(SAMPLERS, "pis", "gbs", "dis_shared", "scds_tied")
+)
+def test_the_gradient_is_the_naive_one(name):
+    _check_sampler(name)
+
+
+@pytest.mark.parametrize("name", mostly_slow(SAMPLERS, "dds_learned"))
+def test_the_gradient_is_the_naive_one_in_double_precision(name, x64):
+    _check_sampler(name)
+
+
+def _check_objective(name):
+    sampler, params, paths, memory = _made("gbs" if name in NEED_DESTRUCTION else "dis")
+    objective = OBJECTIVES[name]()
+    pilot = None
+    if objective.requires.pilot:
+        pilot = jax.vmap(sampler.final, in_axes=(None, 0, None))(
+            params, jax.random.split(jax.random.key(2), 8), skewed_energy
+        )
+    own, state = objective.init(
+        jax.random.key(3), sampler, params, skewed_energy, pilot
+    )
+    rows = proposal(paths, simulated=True, on_policy=True, target_draws=True)
+    anchor = jnp.linspace(0.0, 1.0, ROWS)
+    rows = rows._replace(anchor=Anchor(anchor, anchor**2))
+
+    def run(paths, memory):
+        def loss(params):
+            return ds.training.batch_loss(
+                params,
+                objective,
+                state,
+                sampler,
+                skewed_energy,
+                rows._replace(paths=paths),
+                rows_of(ROWS),
+                keys=(jax.random.key(4), jax.random.key(5)),
+                count=jnp.asarray(0),
+                memory=memory,
+            )[0]
+
+        both = {"sampler": params, "objective": perturbed(own, 0.1)}
+        return jax.jit(jax.value_and_grad(loss))(both)
+
+    expected = run(paths._replace(densities=None), 2**31)
+    assert float(optax.tree.norm(expected[1])) > 0
+    _assert_same(run(paths, memory), expected)
+
+
+DETACHED = [
+    name for name in OBJECTIVES if not OBJECTIVES[name]().requires.simulation_gradient
+]
+
+
+@pytest.mark.parametrize("name", mostly_slow(DETACHED, "log_variance", "target_copy"))
+def test_every_objective_has_the_naive_gradient(name):
+    _check_objective(name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", DETACHED)
+def test_every_objective_has_the_naive_gradient_in_double_precision(name, x64):
+    _check_objective(name)
+
+
+def test_with_a_condition():
+    sampler = ds.samplers.gbs(
+        2, STEPS, condition_dim=3, network=ds.networks.free(width=8, depth=1)
+    )
+    params = perturbed(sampler.init(jax.random.key(0)), 0.2)
+    conditions = jax.random.normal(jax.random.key(1), (ROWS, 3))
+    keys = jax.random.split(jax.random.key(2), ROWS)
+    simulate = jax.vmap(sampler.simulate, in_axes=(None, 0, None, 0))
+    paths = simulate(params, keys, conditional_energy, conditions)
+    memory = 2 * ROWS * bytes_per_step(sampler, params)
+
+    def loss_of(score):
+        def loss(params):
+            log_weight = score(params).log_weight
+            return jnp.var(log_weight)
+
+        return jax.jit(jax.value_and_grad(loss))(params)
+
+    def naive(params):
+        score = jax.vmap(sampler.score, in_axes=(None, 0, None, 0))
+        return score(params, paths.xs, conditional_energy, conditions)
+
+    found = loss_of(
+        lambda p: score_paths(sampler, p, paths, conditions, memory=memory)[0]
+    )
+    _assert_same(found, loss_of(naive))
+
+
+def test_the_budget_decides_how_many_steps_at_a_time():
+    sampler = SAMPLERS["dis"](num_steps=100)
+    params = sampler.init(jax.random.key(0))
+    each = 512 * bytes_per_step(sampler, params)
+    sizes = [steps_at_a_time(sampler, params, 512, n * each) for n in (1, 9, 60, 1_000)]
+    assert sizes == [1, 9, 50, 100]  # 60 of 100 would leave a piece of 40
+    assert steps_at_a_time(sampler, params, 10**9) == 1  # unless asked for: no error
+    with pytest.raises(ValueError, match=f"memory_budget={each - 1} bytes is too"):
+        steps_at_a_time(sampler, params, 512, each - 1)
+
+
+def test_a_budget_of_training_too_small_for_one_step():
+    with pytest.raises(ValueError, match="memory_budget=10 bytes is too small"):
+        ds.fit(
+            jax.random.key(0),
+            SAMPLERS["dis"](),
+            ds.objectives.log_variance(),
+            skewed_energy,
+            batch_size=8,
+            num_updates=1,
+            memory_budget=10,
+            progress_bar=False,
+        )
