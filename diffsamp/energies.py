@@ -70,15 +70,32 @@ def bind_condition(energy: Callable[..., Array], condition: Any) -> Energy:
     return lambda x: energy(x, condition)
 
 
-def check_energy(energy: Energy, dim: int, dtype: Any) -> None:
+def check_energy(
+    energy: Energy, dim: int, dtype: Any, *, gradient: bool = False
+) -> None:
     """Checks by shape evaluation alone that energy maps [dim] to a float scalar.
 
+    Args:
+        energy: what is checked.
+        dim: D.
+        dtype: of a point.
+        gradient: whether it has to have a gradient, too.
+
     Raises:
-        ValueError: when it fails on such a point or returns something else.
+        ValueError: when it fails on such a point, returns something else, or has no
+            gradient.
     """
     point = jax.ShapeDtypeStruct((dim,), dtype)
     try:
         out = jax.eval_shape(energy, point)
+    except jax.errors.JAXTypeError as error:
+        raise ValueError(
+            "energy does something with its point that JAX cannot trace "
+            f"({type(error).__name__}: {str(error).splitlines()[0]}). Write it with "
+            "jax.numpy; or call code that is not JAX's by jax.pure_callback, with its "
+            "gradient by jax.custom_jvp, or with none and a network that sees none, "
+            "ds.networks.free()"
+        ) from error
     except Exception as error:
         raise ValueError(
             f"energy failed on one point of shape [{dim}] ({type(error).__name__}: "
@@ -95,3 +112,14 @@ def check_energy(energy: Energy, dim: int, dtype: Any) -> None:
             f"energy must return a floating-point number, got {out.dtype}; "
             "convert integer data to float"
         )
+    if not gradient:
+        return
+    try:
+        jax.eval_shape(jax.grad(energy), point)
+    except Exception as error:
+        raise ValueError(
+            "energy has a value but no gradient, which this sampler's networks are "
+            f"shown ({type(error).__name__}: {error}). Give code that JAX cannot trace "
+            "a derivative by jax.custom_jvp, or use a network that sees none: "
+            "network=ds.networks.free()"
+        ) from error

@@ -347,7 +347,8 @@ class Sampler:
             ValueError: when they do not.
         """
         self._check_condition(condition)
-        self._bind(energy, condition)
+        bound = bind_condition(energy, condition)
+        check_energy(bound, self.dim, self._dtype, gradient=self.needs_score)
 
     def simulate(
         self,

@@ -16,6 +16,14 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "distrax", "blackjax", "numpyro")
 SINKHORN_POINTS = 1_000  # in a set, at most
 
 
+def mesh_of(num_devices):
+    """A mesh of so many devices, or None."""
+    if num_devices is None:
+        return None
+    devices = jax.devices()[:num_devices]
+    return jax.make_mesh((num_devices,), ("batch",), devices=devices)
+
+
 def read(path):
     """Rows of a file, none where it does not exist."""
     if not path.exists():

@@ -127,6 +127,46 @@ def test_bad_energies_are_explained(energy, match):
         check_energy(energy, 3, jnp.float32)
 
 
+def _outside(x):
+    """An energy that JAX cannot trace, through a callback."""
+    shape = jax.ShapeDtypeStruct((), x.dtype)
+
+    def evaluate(x):
+        return np.asarray(0.5 * np.sum(np.asarray(x) ** 2, axis=-1), x.dtype)
+
+    return jax.pure_callback(evaluate, shape, x, vmap_method="expand_dims")
+
+
+def test_an_energy_that_jax_cannot_trace():
+    sampler = ds.samplers.dis(2, 4, network=ds.networks.free(width=8, depth=1))
+    params, key = sampler.init(jax.random.key(0)), jax.random.key(1)
+    with pytest.raises(ValueError, match=r"jax\.pure_callback.*jax\.custom_jvp.*free"):
+        ds.draw(key, sampler, params, lambda x: float(np.sum(np.asarray(x) ** 2)), 8)
+    drawn = ds.draw(key, sampler, params, _outside, 8)  # one way out
+    same = ds.draw(key, sampler, params, gaussian, 8)
+    np.testing.assert_allclose(drawn.log_weight, same.log_weight, rtol=1e-5)
+
+
+def test_an_energy_without_a_gradient():
+    sampler = ds.samplers.dis(2, 4, network=ds.networks.score_guided(width=8, depth=1))
+    params, key = sampler.init(jax.random.key(0)), jax.random.key(1)
+    with pytest.raises(ValueError, match=r"no gradient.*custom_jvp.*networks\.free"):
+        ds.draw(key, sampler, params, _outside, 8)
+
+    @jax.custom_jvp
+    def energy(x):
+        return _outside(x)
+
+    @energy.defjvp
+    def _(primals, tangents):
+        (x,), (direction,) = primals, tangents
+        return energy(x), jnp.sum(x * direction)
+
+    drawn = ds.draw(key, sampler, params, energy, 8)  # the other way out
+    same = ds.draw(key, sampler, params, gaussian, 8)
+    np.testing.assert_allclose(drawn.log_weight, same.log_weight, rtol=1e-5)
+
+
 def test_good_energies_pass():
     check_energy(gaussian, 3, jnp.float32)
     check_energy(Partial(lambda a, x: a * jnp.sum(x), jnp.ones(())), 1, jnp.float32)
