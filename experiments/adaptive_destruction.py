@@ -22,7 +22,15 @@ import pathlib
 import jax
 import numpy as np
 import optax
-from rows import append, described, read, summarise, well_errors
+from rows import (
+    add_mesh_option,
+    append,
+    described,
+    mesh_of,
+    read,
+    summarise,
+    well_errors,
+)
 
 import diffsamp as ds
 
@@ -156,7 +164,7 @@ def train_and_evaluate(problem, num_steps, kernels, setting, seed, args):
     """One run; a flat dict of numbers."""
     target = ds.targets.by_name(problem.target)
     sampler = make_sampler(problem, target.dim, num_steps, kernels, setting)
-    rate = setting.learning_rate
+    rate, mesh = setting.learning_rate, mesh_of(args.mesh)
     optimizer = optax.multi_transform(
         {
             "generation": optax.adam(rate),
@@ -179,6 +187,7 @@ def train_and_evaluate(problem, num_steps, kernels, setting, seed, args):
             batch_size=args.batch_size,
             max_seconds=args.seconds,
             max_energy_evaluations=args.energy_evaluations,
+            mesh=mesh,
             progress_bar=False,
         )
     except ds.TrainingDiverged as error:
@@ -190,6 +199,7 @@ def train_and_evaluate(problem, num_steps, kernels, setting, seed, args):
         target,
         num_draws=args.num_draws,
         sinkhorn=False,
+        mesh=mesh,
     )
     names = ("elbo", "eubo", "log_z_error", "log_z_standard_error", "elbo_gap")
     names += ("eubo_gap", "ess", "forward_ess", "pareto_k", "verdict", "w2")
@@ -407,6 +417,7 @@ def main():
         runner.add_argument("--energy-evaluations", type=int, default=10_000_000)
         runner.add_argument("--num-draws", type=int, default=10_000)
         runner.add_argument("--out", type=pathlib.Path, default=default)
+        add_mesh_option(runner)
         runner.set_defaults(do=do)
     printer = commands.add_parser("table")
     printer.add_argument("files", type=pathlib.Path, nargs="*", default=[default])

@@ -27,7 +27,7 @@ import numpy as np
 import optax
 from flax import linen as nn
 from jax.tree_util import Partial
-from rows import append, described, read
+from rows import add_mesh_option, append, described, mesh_of, read
 
 import diffsamp as ds
 
@@ -317,7 +317,7 @@ def make_objective(kernels):
     )
 
 
-def run_sampler(seed, num_steps, kernels, family):
+def run_sampler(seed, num_steps, kernels, family, mesh):
     """Trains one amortised sampler and judges it; a flat dict of numbers."""
     key = jax.random.key(seed)
     sampler = make_sampler(num_steps, kernels)
@@ -332,6 +332,7 @@ def run_sampler(seed, num_steps, kernels, family):
         anneal=ds.schedules.cosine_anneal,
         batch_size=SETTING.batch_size,
         num_updates=SETTING.num_updates,
+        mesh=mesh,
         progress_bar=False,
     )
     draw = functools.partial(
@@ -508,7 +509,8 @@ def run(args):
             if kernels == "encoder":
                 found = run_encoder(seed, family)
             else:
-                found = run_sampler(seed, num_steps, kernels, family)
+                mesh = mesh_of(args.mesh)
+                found = run_sampler(seed, num_steps, kernels, family, mesh)
             row = {
                 "seed": seed,
                 "num_steps": num_steps,
@@ -655,6 +657,7 @@ def main():
     )
     runner.add_argument("--kernels", nargs="+", choices=KERNELS, default=KERNELS)
     runner.add_argument("--out", type=pathlib.Path, default=default)
+    add_mesh_option(runner)
     runner.set_defaults(do=run)
     printer = commands.add_parser("table")
     printer.add_argument("files", type=pathlib.Path, nargs="*", default=[default])

@@ -21,9 +21,11 @@ import numpy as np
 import optax
 from rows import (
     SINKHORN_POINTS,
+    add_mesh_option,
     append,
     described,
     distances,
+    mesh_of,
     read,
     summarise,
 )
@@ -84,7 +86,7 @@ def make_behaviour(method):
 def run_sampler(cell, method, seed, args):
     """Trains and evaluates one sampler; a flat dict of numbers."""
     target = ds.targets.by_name(cell.target)
-    sampler = make_sampler(cell, target.dim)
+    sampler, mesh = make_sampler(cell, target.dim), mesh_of(args.mesh)
     key = jax.random.key(seed)
     fit = ds.fit(
         jax.random.fold_in(key, 0),
@@ -96,6 +98,7 @@ def run_sampler(cell, method, seed, args):
         anneal=ds.schedules.cosine_anneal,
         batch_size=BATCH_SIZE,
         num_updates=cell.num_updates,
+        mesh=mesh,
         progress_bar=False,
     )
     result = ds.evaluate(
@@ -105,9 +108,12 @@ def run_sampler(cell, method, seed, args):
         target,
         num_draws=args.num_draws,
         sinkhorn=False,  # below, averaged
+        mesh=mesh,
     )
     num = NUM_POINTS * cell.num_repeats
-    draws = ds.draw(jax.random.fold_in(key, 2), sampler, fit.params, target.energy, num)
+    draws = ds.draw(
+        jax.random.fold_in(key, 2), sampler, fit.params, target.energy, num, mesh=mesh
+    )
     points = draws.resample(jax.random.fold_in(key, 3), num)
     numbers = ("log_z", "log_z_error", "log_z_standard_error", "elbo_gap", "eubo_gap")
     numbers += ("log_z_forward", "ess", "forward_ess", "pareto_k", "verdict")
@@ -260,6 +266,7 @@ def main():
     runner.add_argument("--targets", nargs="+", choices=names, default=names)
     runner.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     runner.add_argument("--out", type=pathlib.Path, default=default)
+    add_mesh_option(runner)
     runner.set_defaults(do=run)
     printer = commands.add_parser("table")
     printer.add_argument("files", type=pathlib.Path, nargs="*", default=[default])

@@ -29,7 +29,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from rows import append, described, distances, read, summarise
+from rows import (
+    add_mesh_option,
+    append,
+    described,
+    distances,
+    mesh_of,
+    read,
+    summarise,
+)
 
 import diffsamp as ds
 
@@ -148,6 +156,7 @@ def train(cell, method, seed, args):
         batch_size=cell.batch_size,
         num_updates=args.num_updates or cell.num_updates,
         checkpoint=place / f"{name}.checkpoint",
+        mesh=mesh_of(args.mesh),
         progress_bar=False,
     )
     spent = {
@@ -168,6 +177,7 @@ def judge(cell, method, sampler, params, num_steps, seed, args):
     key = jax.random.fold_in(jax.random.key(seed), 10_000 + num_steps)
     keys = jax.random.split(key, 4)
     options = {"num_draws": args.num_draws, "sinkhorn": False}
+    options["mesh"] = mesh_of(args.mesh)
     result = ds.evaluate(keys[0], few, params, target, **options)
     numbers = ("elbo", "eubo", "log_z", "log_z_error", "log_z_standard_error")
     numbers += ("ess", "forward_ess", "pareto_k", "verdict", "elbo_gap", "eubo_gap")
@@ -458,6 +468,7 @@ def main():
     runner.add_argument("--num-draws", type=int, default=10_000)
     runner.add_argument("--num-updates", type=int, help="instead of the cell's own")
     runner.add_argument("--out", type=pathlib.Path, default=default)
+    add_mesh_option(runner)
     runner.set_defaults(do=run)
     printer = commands.add_parser("table")
     printer.add_argument("files", type=pathlib.Path, nargs="*", default=[default])

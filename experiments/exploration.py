@@ -17,7 +17,15 @@ import pathlib
 import jax
 import numpy as np
 import optax
-from rows import append, described, read, summarise, well_errors
+from rows import (
+    add_mesh_option,
+    append,
+    described,
+    mesh_of,
+    read,
+    summarise,
+    well_errors,
+)
 
 import diffsamp as ds
 
@@ -104,7 +112,7 @@ def train_and_evaluate(cell, method, seed, args):
         network=ds.networks.annealed_score_guided(cell.width, learn_variance=True),
     )
     objective, behaviour = make_method(method, cell.num_updates)
-    key = jax.random.key(seed)
+    key, mesh = jax.random.key(seed), mesh_of(args.mesh)
     fit = ds.fit(
         jax.random.fold_in(key, 0),
         sampler,
@@ -115,6 +123,7 @@ def train_and_evaluate(cell, method, seed, args):
         anneal=ds.schedules.cosine_anneal,
         batch_size=cell.batch_size,
         num_updates=cell.num_updates,
+        mesh=mesh,
         progress_bar=False,
     )
     result = ds.evaluate(
@@ -124,6 +133,7 @@ def train_and_evaluate(cell, method, seed, args):
         target,
         num_draws=args.num_draws,
         sinkhorn=False,
+        mesh=mesh,
     )
     names = ("log_z_error", "log_z_standard_error", "elbo_gap", "eubo_gap", "ess")
     names += ("pareto_k", "verdict", "w2", "w2_floor", "mode_tv", "mode_tv_unweighted")
@@ -216,6 +226,7 @@ def main():
     runner.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     runner.add_argument("--num-draws", type=int, default=10_000)
     runner.add_argument("--out", type=pathlib.Path, default=default)
+    add_mesh_option(runner)
     runner.set_defaults(do=run)
     printer = commands.add_parser("table")
     printer.add_argument("files", type=pathlib.Path, nargs="*", default=[default])

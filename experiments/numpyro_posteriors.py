@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from numpyro.diagnostics import split_gelman_rubin
 from numpyro.infer import HMC, MCMC, NUTS
-from rows import append, described, read
+from rows import add_mesh_option, append, described, mesh_of, read
 
 import diffsamp as ds
 from diffsamp import posteriors
@@ -67,10 +67,10 @@ def mode_error(posterior, x, log_weight=None):
     return float(np.max(np.abs(weights - np.asarray(posterior.modes.weights))))
 
 
-def run_sampler(posterior, seed, seconds, compilation):
+def run_sampler(posterior, seed, seconds, compilation, mesh):
     """The result of `DiffusionSampler` with default settings."""
     begin, before = time.perf_counter(), compilation.seconds
-    inference = DiffusionSampler(posterior.model, max_seconds=seconds)
+    inference = DiffusionSampler(posterior.model, max_seconds=seconds, mesh=mesh)
     key = jax.random.key(seed)
     inference.run(key, NUM_SAMPLES, progress_bar=False, **posterior.data())
     row = {
@@ -160,7 +160,9 @@ def run(args):
             jax.config.update("jax_enable_x64", posterior.x64)
             jax.clear_caches()  # the next one's compilation is its own
             target = posterior.target()
-            inference, sampler = run_sampler(posterior, seed, args.seconds, compilation)
+            inference, sampler = run_sampler(
+                posterior, seed, args.seconds, compilation, mesh_of(args.mesh)
+            )
             for_nuts, for_kernel = jax.random.split(jax.random.key(1_000 + seed))
             options = {"compilation": compilation, "num_warmup": 1_000}
             nuts = run_chains(
@@ -334,6 +336,7 @@ def main():
     parser.add_argument("--seconds", type=float, default=240.0, help="of training")
     default = pathlib.Path("outputs/numpyro_posteriors.jsonl")
     parser.add_argument("--out", type=pathlib.Path, default=default)
+    add_mesh_option(parser)
     args = parser.parse_args()
     {"run": run, "table": table}[args.command](args)
 

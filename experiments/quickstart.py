@@ -22,7 +22,7 @@ import numpy as np
 import optax
 from numpyro.diagnostics import split_gelman_rubin
 from numpyro.infer import MCMC, NUTS
-from rows import dumps, environment
+from rows import add_mesh_option, dumps, environment, mesh_of
 
 import diffsamp as ds
 from diffsamp import posteriors
@@ -82,6 +82,7 @@ def train(key, target, particles, args):
         ema_decay=0.998,
         batch_size=128,
         max_seconds=0.6 * args.seconds,
+        mesh=mesh_of(args.mesh),
     )
     objective = OBJECTIVES[args.objective]()
     both = ds.behaviours.mixture((on_policy, 0.5), (seeded, 0.5))
@@ -96,6 +97,7 @@ def train(key, target, particles, args):
         params=warm.params,
         batch_size=256,
         max_seconds=0.4 * args.seconds,
+        mesh=mesh_of(args.mesh),
     )
     return sampler, warm, fit
 
@@ -197,6 +199,7 @@ def parse():
     parser.add_argument("--seconds", type=float, default=65.0, help="of updates")
     parser.add_argument("--num-draws", type=int, default=20_000)
     parser.add_argument("--num-particles", type=int, default=2_048)
+    add_mesh_option(parser)
     args = parser.parse_args()
     for name in ("num_steps", "seconds", "num_draws", "num_particles"):
         if not getattr(args, name) > 0:
@@ -223,7 +226,13 @@ def main():
     sampler, warm, fit = train(keys[3], target, particles, args)
     ds.save(file, sampler, fit.params)
     draws = ds.draw(
-        keys[4], sampler, fit.params, target.energy, args.num_draws, probe=probe
+        keys[4],
+        sampler,
+        fit.params,
+        target.energy,
+        args.num_draws,
+        probe=probe,
+        mesh=mesh_of(args.mesh),
     )
     draws, traced = add_upper_bound(
         keys[5], target, posterior, sampler, fit.params, draws

@@ -16,6 +16,12 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "distrax", "blackjax", "numpyro")
 SINKHORN_POINTS = 1_000  # in a set, at most
 
 
+def add_mesh_option(parser):
+    """The option of every script that trains."""
+    help = "spread batches over so many devices"
+    parser.add_argument("--mesh", type=int, metavar="N", help=help)
+
+
 def mesh_of(num_devices):
     """A mesh of so many devices, or None."""
     if num_devices is None:
@@ -32,10 +38,15 @@ def read(path):
 
 
 def append(path, row, packages=()):
-    """Adds a row, with the environment it was made in."""
+    """Adds a row, with the environment it was made in.
+
+    Compiled programs are let go: each holds memory maps, of which Linux grants a process
+    65,530, and some dozens of rows would use them up.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a") as file:
         file.write(dumps({**row, **environment(packages)}) + "\n")
+    jax.clear_caches()
 
 
 def dumps(row, indent=None):

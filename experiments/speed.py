@@ -33,7 +33,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import linen as nn
-from rows import append, described, mesh_of, read
+from rows import add_mesh_option, append, described, mesh_of, read
 
 import diffsamp as ds
 from diffsamp import scoring, training
@@ -651,7 +651,7 @@ def parse():
         networks = ("guided", "vsm", "gfn")
         one.add_argument("--network", default="guided", choices=networks)
         one.add_argument("--bfloat16", action="store_true")
-        one.add_argument("--mesh", type=int, help="number of devices")
+        add_mesh_option(one)
         if name == "updates":
             one.add_argument("--peers", action="store_true")
         if name == "scoring":

@@ -30,6 +30,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 from numpyro.infer import init_to_uniform
 
 from diffsamp import (
@@ -127,6 +128,7 @@ class DiffusionSampler:
         max_seconds: budget of training, without pilots and compilation.
         max_energy_evaluations: budget of energies and gradients of training, or None.
         init_strategy: as in NumPyro.
+        mesh: devices to spread the rows of batches and the draws over, or None.
 
     Attributes:
         state: what was trained so far, a `Trained`, or None.
@@ -161,6 +163,7 @@ class DiffusionSampler:
         max_seconds: float = 240.0,
         max_energy_evaluations: int | None = None,
         init_strategy: Callable = init_to_uniform,
+        mesh: Mesh | None = None,
     ):
         if not callable(model):
             raise ValueError(f"model must be a NumPyro model, got {type(model)}")
@@ -177,6 +180,7 @@ class DiffusionSampler:
         self._max_seconds = max_seconds
         self._max_energy_evaluations = max_energy_evaluations
         self._init_strategy = init_strategy
+        self._mesh = mesh
         self._args: tuple = ()
         self._kwargs: dict[str, Any] = {}
         self._draws: Draws | None = None
@@ -240,6 +244,7 @@ class DiffusionSampler:
                 batch_size=stage.batch_size,
                 params=state.params,
                 max_energy_evaluations=left,
+                mesh=self._mesh,
                 **budget,
                 **options,
             )
@@ -548,6 +553,7 @@ class DiffusionSampler:
             state.target.energy,
             num_draws,
             probe=state.probe,
+            mesh=self._mesh,
         )
         verdict = draws.diagnostics.verdict
         if not verdict.startswith("trust"):
