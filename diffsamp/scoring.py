@@ -1,12 +1,12 @@
-"""The second pass of detached objectives: gradients of given paths, a piece at a time.
+"""The second pass of detached objectives: gradients of given paths, tile by tile.
 
 The loss L of a detached objective depends on the parameters through the densities
-d_k of the steps of given paths alone, so that its gradient is the sum over steps of
-``(dL / dd_k) (dd_k / dparams)``, and one step needs nothing of the others but numbers.
-Backwards, therefore, a piece of C steps of all paths is evaluated and differentiated,
-its gradient added up, and forgotten: memory is that of one piece, whatever K. C is
-chosen so that a piece fits a budget. On a CPU this is the cache, and the pass then
-runs at the speed of arithmetic instead of that of memory.
+d_bk of the steps k of given paths b alone, so that its gradient is the sum over both of
+``(dL / dd_bk) (dd_bk / dparams)``, and one term needs nothing of the others but
+numbers. Backwards, therefore, a tile of some rows and some steps is evaluated and
+differentiated, its gradient added up, and forgotten: memory is that of one tile,
+whatever K and B. Tiles fit a budget. On a CPU this is the cache of a core, and the pass
+then runs at the speed of arithmetic instead of that of memory.
 
 Forwards, a path that has just been simulated with the same parameters needs nothing at
 all: its simulation came by the densities (`Path.densities`).
@@ -14,17 +14,31 @@ all: its simulation came by the densities (`Path.densities`).
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from diffsamp.types import Array, Densities, Params, Path, Trajectory
 
-CPU_MEMORY = 8 * 2**20
+CPU_MEMORY = 2**20
 DEVICE_MEMORY = 2**30
+FEWEST_ROWS = 128  # in a tile, unless a budget asks for fewer
 
 _ROWS = 1009  # a number that is the length of nothing else
+
+
+class Tile(NamedTuple):
+    """What is differentiated at a time.
+
+    Attributes:
+        num_rows: rows, on each device; divides the number of all there.
+        num_steps: steps in a row of each.
+    """
+
+    num_rows: int
+    num_steps: int
 
 
 def score_paths(
@@ -44,60 +58,64 @@ def score_paths(
             the paths were simulated.
         paths: B paths; leaves have a leading axis B.
         condition: [B, C], or None.
-        memory: bytes that a piece may take on the way back, or None for a number that
-            suits the backend.
+        memory: bytes that a tile may take on the way back on each device, or None for a
+            number that suits the backend.
         mesh: devices over which the paths are spread, or None.
 
     Returns:
         Trajectories, with a leading axis B, and `Densities.share_outside`, [B, K].
 
     Raises:
-        ValueError: when the memory does not suffice for a single step.
+        ValueError: when the memory does not suffice for one step of one path.
     """
     paths = jax.lax.stop_gradient(paths)
-    num_rows = paths.energy.shape[0] // (1 if mesh is None else mesh.size)
-    size = steps_at_a_time(sampler, params, num_rows, memory)
-    densities = _densities(sampler, size, params, paths, condition)
+    num_devices = 1 if mesh is None else mesh.size
+    num_rows = paths.energy.shape[0] // num_devices
+    tile = tile_within(sampler, params, num_rows, memory)
+    tile = tile._replace(num_rows=tile.num_rows * num_devices)
+    densities = _densities(sampler, tile, params, paths, condition)
     trajectories = jax.vmap(sampler.with_densities)(paths, densities)
     return trajectories, densities.share_outside
 
 
-def steps_at_a_time(
+def tile_within(
     sampler: Any, params: Params, num_rows: int, memory: int | None = None
-) -> int:
-    """Number C of steps of ``num_rows`` paths that are differentiated together.
+) -> Tile:
+    """The largest tile within a budget: all rows if it can be, and as many steps.
 
     Args:
         sampler: the sampler.
         params: its parameters, or their shapes.
-        num_rows: B.
-        memory: bytes that they may take, or None for a number that suits the backend.
+        num_rows: rows of the batch, on each device.
+        memory: bytes, or None for a number that suits the backend.
 
     Raises:
-        ValueError: when the memory does not suffice for a single step.
+        ValueError: when the memory does not suffice for one step of one path.
 
     Example:
         >>> import jax, diffsamp as ds
-        >>> from diffsamp.scoring import steps_at_a_time
+        >>> from diffsamp.scoring import tile_within
         >>> sampler = ds.samplers.dis(dim=2, num_steps=100)
         >>> params = sampler.init(jax.random.key(0))
-        >>> steps_at_a_time(sampler, params, 512, memory=2**31)
-        100
+        >>> tile_within(sampler, params, 512, memory=2**31)
+        Tile(num_rows=512, num_steps=100)
     """
-    if memory is None:
+    each = bytes_per_step(sampler, params)
+    fewest, budget = 1, memory
+    if budget is None:
         on_cpu = jax.default_backend() == "cpu"
-        budget = CPU_MEMORY if on_cpu else DEVICE_MEMORY
-    else:
-        budget = memory
-    per_step = num_rows * bytes_per_step(sampler, params)
-    if memory is not None and memory < per_step:
+        fewest, budget = FEWEST_ROWS, CPU_MEMORY if on_cpu else DEVICE_MEMORY
+    elif budget < each:
         raise ValueError(
-            f"memory_budget={memory} bytes is too small: scoring one step of "
-            f"{num_rows} paths takes {per_step}; raise it, or lower batch_size or the "
-            "width of the network"
+            f"memory_budget={memory} bytes is too small: scoring one step of one path "
+            f"takes {each}; raise it, or lower the width of the network"
         )
-    size = min(max(1, budget // per_step), sampler.num_steps)
-    return -(-sampler.num_steps // -(-sampler.num_steps // size))  # pieces alike
+    divisors = [n for n in range(1, num_rows + 1) if num_rows % n == 0]
+    sizes = [n for n in divisors if n >= fewest] or [num_rows]
+    rows = max((n for n in sizes if n * each <= budget), default=sizes[0])
+    steps = min(max(1, budget // (rows * each)), sampler.num_steps)
+    num_pieces = -(-sampler.num_steps // steps)
+    return Tile(rows, -(-sampler.num_steps // num_pieces))  # pieces alike
 
 
 def bytes_per_step(sampler: Any, params: Params) -> int:
@@ -124,58 +142,81 @@ def bytes_per_step(sampler: Any, params: Params) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in of_rows) // _ROWS
 
 
-def _densities(sampler, size, params, paths, condition) -> Densities:
+def _densities(sampler, tile, params, paths, condition) -> Densities:
     num_steps, num_rows = sampler.num_steps, paths.energy.shape[0]
-    starts = size * jnp.arange(-(-num_steps // size))
+    # Row i of tile j is row i n + j of the batch: with the rows of a batch spread over
+    # devices, each has a part of every tile.
+    num_tiles = num_rows // tile.num_rows
+    begins = np.arange(0, num_steps, tile.num_steps)
+    index = np.stack(np.meshgrid(np.arange(num_tiles), begins), -1).reshape(-1, 2)
 
-    def piece(params, paths, condition, start) -> Densities:
-        """[B, C] each, of the steps from ``start`` on."""
+    def split(tree):
+        """[B, ...] to [rows, tiles, ...]."""
+        shape = tile.num_rows, num_tiles
+        return jax.tree.map(lambda a: a.reshape(*shape, *a.shape[1:]), tree)
 
-        def cut(array, length, axis):
-            return jax.lax.dynamic_slice_in_dim(array, start, length, axis)
+    def cut(array, number, start, length):
+        """[rows, tiles, steps, ...] to [rows, length, ...]."""
+        begin = (0, number, start) + (0,) * (array.ndim - 3)
+        sizes = (tile.num_rows, 1, length, *array.shape[3:])
+        return jax.lax.dynamic_slice(array, begin, sizes)[:, 0]
 
-        steps = jax.tree.map(lambda column: cut(column, size, 0), sampler.steps())
-        states = cut(paths.xs, size + 1, 1), cut(paths.scores, size + 1, 1)
+    def evaluate(params, paths, condition, number, start) -> Densities:
+        """[rows, steps] each, of one tile of paths that were split."""
+        length = tile.num_steps
+        steps = jax.tree.map(
+            lambda column: jax.lax.dynamic_slice_in_dim(column, start, length),
+            sampler.steps(),
+        )
+        states = (cut(a, number, start, length + 1) for a in (paths.xs, paths.scores))
+        if condition is not None:
+            condition = jax.lax.dynamic_index_in_dim(condition, number, 1, False)
         of_rows = jax.vmap(sampler.densities, in_axes=(None, None, 0, 0, 0))
         return of_rows(params, steps, *states, condition)
+
+    def start_of(begin):
+        """The last tile is as long as the others and begins within its neighbour."""
+        return jnp.minimum(begin, num_steps - tile.num_steps)
 
     def forward(params, paths, condition):
         if paths.densities is not None:
             return paths.densities
-        if len(starts) == 1:
-            return piece(params, paths, condition, 0)
+        paths, condition = split((paths, condition))
 
-        def add(found, start):
-            start = jnp.minimum(start, num_steps - size)
-            here = piece(params, paths, condition, start)
-            put = jax.lax.dynamic_update_slice_in_dim
-            return jax.tree.map(lambda a, b: put(a, b, start, 1), found, here), None
+        def add(found, number_and_begin):
+            number, begin = number_and_begin
+            start = start_of(begin)
+            here = evaluate(params, paths, condition, number, start)
+            put = jax.lax.dynamic_update_slice
+            return jax.tree.map(
+                lambda a, b: put(a, b[:, None], (0, number, start)), found, here
+            ), None
 
-        dtype = paths.energy.dtype
-        empty = Densities(*(jnp.zeros((num_rows, num_steps), dtype) for _ in range(3)))
-        return jax.lax.scan(add, empty, starts)[0]
-
-    if len(starts) == 1 and paths.densities is None:
-        return forward(params, paths, condition)  # what it keeps fits: nothing twice
+        shape = tile.num_rows, num_tiles, num_steps
+        empty = Densities(*(jnp.zeros(shape, paths.xs.dtype) for _ in range(3)))
+        found, _ = jax.lax.scan(add, empty, index)
+        return jax.tree.map(lambda a: a.reshape(num_rows, num_steps), found)
 
     def backward(saved, slopes):
         params, paths, condition = saved
+        paths, condition, slopes = split((paths, condition, tuple(slopes[:2])))
 
-        def add(total, begin):
-            # The last piece is as long as the others and begins within its neighbour.
-            start = jnp.minimum(begin, num_steps - size)
-            _, pull = jax.vjp(lambda p: piece(p, paths, condition, start)[:2], params)
-            new = start + jnp.arange(size) >= begin
-            here = (
-                jax.lax.dynamic_slice_in_dim(slope, start, size, 1)
-                for slope in slopes[:2]
+        def add(total, number_and_begin):
+            number, begin = number_and_begin
+            start = start_of(begin)
+            _, pull = jax.vjp(
+                lambda p: evaluate(p, paths, condition, number, start)[:2], params
             )
+            new = start + jnp.arange(tile.num_steps) >= begin
+            here = (cut(slope, number, start, tile.num_steps) for slope in slopes)
             (gradient,) = pull(tuple(jnp.where(new[None], s, 0.0) for s in here))
             return jax.tree.map(jnp.add, total, gradient), None
 
         nothing = jax.tree.map(jnp.zeros_like, params)
-        return jax.lax.scan(add, nothing, starts)[0], None, None
+        return jax.lax.scan(add, nothing, index)[0], None, None
 
+    if len(index) == 1 and paths.densities is None:  # what it keeps fits
+        return forward(params, paths, condition)
     values = jax.custom_vjp(forward)
     values.defvjp(lambda *inputs: (forward(*inputs), inputs), backward)
     return values(params, paths, condition)

@@ -40,8 +40,8 @@ def read(path):
 def append(path, row, packages=()):
     """Adds a row, with the environment it was made in.
 
-    Compiled programs are let go: each holds memory maps, of which Linux grants a process
-    65,530, and some dozens of rows would use them up.
+    Compiled programs are let go: each holds memory maps, of which Linux grants a
+    process 65,530, and some dozens of rows would use them up.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a") as file:

@@ -251,7 +251,7 @@ def measure_scoring(cell, seconds):
         **cell,
         "best_seconds": min(times),
         "seconds": float(np.median(times)),
-        "steps_at_a_time": scoring.steps_at_a_time(sampler, params, size, memory),
+        "tile": list(scoring.tile_within(sampler, params, size, memory)),
         "network_flops": flops,
         "rate": flops / min(times),
         "matmul_rate": matmul_rate(),
@@ -540,7 +540,7 @@ def _slopes(rows):
 def _table_of_scoring(rows):
     _print_table(
         "The scoring pass alone",
-        ["target", "width", "K", "batch", "cores", "steps at a time", "ms", "GFLOP/s"]
+        ["target", "width", "K", "batch", "cores", "tile", "ms", "GFLOP/s"]
         + ["of matmul"],
         [
             (
@@ -549,7 +549,7 @@ def _table_of_scoring(rows):
                 r["num_steps"],
                 r["batch_size"],
                 r["cores"],
-                r["steps_at_a_time"],
+                "{} x {}".format(*r["tile"]),
                 f"{1e3 * r['best_seconds']:.0f}",
                 f"{r['rate'] / 1e9:.0f}",
                 f"{r['rate'] / r['matmul_rate']:.0%}",

@@ -461,6 +461,7 @@ def test_consistent_tables_name_violated_bounds():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_small_run_of_consistent(tmp_path, arguments, monkeypatch, capsys):
     script = _script("consistent")
     monkeypatch.setattr(script, "NUM_STEPS", 4)

@@ -1,6 +1,7 @@
-"""The second pass: the naive gradient, whatever is known, a piece at a time.
+"""The second pass: the naive gradient, whatever is known, tile by tile.
 
-Paths of five steps, two at a time: the last piece overlaps its neighbour.
+Six paths of five steps. A budget of four steps makes tiles of three rows and one step;
+one of fifteen makes tiles of six rows and two steps, the last of which overlap.
 """
 
 import jax
@@ -21,7 +22,7 @@ from tables import (
 
 import diffsamp as ds
 from diffsamp.behaviours.common import proposal
-from diffsamp.scoring import bytes_per_step, score_paths, steps_at_a_time
+from diffsamp.scoring import Tile, bytes_per_step, score_paths, tile_within
 from diffsamp.types import Anchor
 
 STEPS, ROWS = 5, 6
@@ -31,7 +32,7 @@ def _made(name):
     sampler = SAMPLERS[name](num_steps=STEPS)
     params = perturbed(sampler.init(jax.random.key(0)), 0.2)
     paths = batch_of_paths(sampler, params, ROWS, jax.random.key(1)).paths
-    return sampler, params, paths, 2 * ROWS * bytes_per_step(sampler, params)
+    return sampler, params, paths, bytes_per_step(sampler, params)
 
 
 def _assert_same(found, expected):
@@ -42,7 +43,7 @@ def _assert_same(found, expected):
 
 
 def _check_sampler(name):
-    sampler, params, paths, memory = _made(name)
+    sampler, params, paths, each = _made(name)
     weights = jnp.linspace(-1.0, 2.0, ROWS)
 
     def loss_of(score):
@@ -60,9 +61,14 @@ def _check_sampler(name):
         return score(params, paths.xs, skewed_energy)
 
     expected = loss_of(naive)
-    assert steps_at_a_time(sampler, params, ROWS, memory) == 2
-    for known in (paths, paths._replace(densities=None)):
-        found = loss_of(lambda p, k=known: score_paths(sampler, p, k, memory=memory)[0])
+    few, many = 4 * each, 15 * each
+    assert tile_within(sampler, params, ROWS, few) == Tile(3, 1)
+    assert tile_within(sampler, params, ROWS, many) == Tile(6, 2)
+    unknown = paths._replace(densities=None)
+    for given, memory in ((paths, few), (paths, many), (unknown, few), (unknown, many)):
+        found = loss_of(
+            lambda p, g=given, m=memory: score_paths(sampler, p, g, memory=m)[0]
+        )
         _assert_same(found, expected)
 
 
@@ -79,7 +85,7 @@ def test_the_gradient_is_the_naive_one_in_double_precision(name, x64):
 
 
 def _check_objective(name):
-    sampler, params, paths, memory = _made("gbs" if name in NEED_DESTRUCTION else "dis")
+    sampler, params, paths, each = _made("gbs" if name in NEED_DESTRUCTION else "dis")
     objective = OBJECTIVES[name]()
     pilot = None
     if objective.requires.pilot:
@@ -113,7 +119,7 @@ def _check_objective(name):
 
     expected = run(paths._replace(densities=None), 2**31)
     assert float(optax.tree.norm(expected[1])) > 0
-    _assert_same(run(paths, memory), expected)
+    _assert_same(run(paths, 4 * each), expected)
 
 
 DETACHED = [
@@ -141,7 +147,7 @@ def test_with_a_condition():
     keys = jax.random.split(jax.random.key(2), ROWS)
     simulate = jax.vmap(sampler.simulate, in_axes=(None, 0, None, 0))
     paths = simulate(params, keys, conditional_energy, conditions)
-    memory = 2 * ROWS * bytes_per_step(sampler, params)
+    memory = 4 * bytes_per_step(sampler, params)
 
     def loss_of(score):
         def loss(params):
@@ -160,15 +166,23 @@ def test_with_a_condition():
     _assert_same(found, loss_of(naive))
 
 
-def test_the_budget_decides_how_many_steps_at_a_time():
+def test_the_budget_decides_the_tile():
     sampler = SAMPLERS["dis"](num_steps=100)
     params = sampler.init(jax.random.key(0))
-    each = 512 * bytes_per_step(sampler, params)
-    sizes = [steps_at_a_time(sampler, params, 512, n * each) for n in (1, 9, 60, 1_000)]
-    assert sizes == [1, 9, 50, 100]  # 60 of 100 would leave a piece of 40
-    assert steps_at_a_time(sampler, params, 10**9) == 1  # unless asked for: no error
+    each = bytes_per_step(sampler, params)
+
+    def tile(num_rows, num_steps):
+        return tile_within(sampler, params, 512, num_rows * num_steps * each)
+
+    assert tile(512, 1_000) == Tile(512, 100)
+    assert tile(512, 60) == Tile(512, 50)  # 60 would leave a piece of 40
+    assert tile(512, 9) == Tile(512, 9)
+    assert tile(511, 1) == Tile(256, 1)
+    assert tile(1, 1) == Tile(1, 1)
+    assert tile_within(sampler, params, 10**6).num_rows >= 128  # unless asked for
+    assert tile_within(sampler, params, 503, 502 * each).num_rows == 1  # a prime
     with pytest.raises(ValueError, match=f"memory_budget={each - 1} bytes is too"):
-        steps_at_a_time(sampler, params, 512, each - 1)
+        tile_within(sampler, params, 512, each - 1)
 
 
 def test_a_budget_of_training_too_small_for_one_step():
