@@ -81,10 +81,26 @@ class PisGrad(nn.Module):
         return jnp.clip(jnp.nan_to_num(drift), -1e4, 1e4) + scale * score
 
 
+class SdeNetwork(nn.Module):
+    """The network of sde_sampler: its score factor is one number per time."""
+
+    width: int = 64
+
+    @nn.compact
+    def __call__(self, x, t, context):
+        drift = ds.networks.FourierMLP(self.width, depth=2)(x, t, None)
+        scale = nn.Dense(self.width)(ds.networks.FourierFeatures(64)(t))
+        for size in (self.width, self.width, 1):
+            scale = nn.Dense(size)(nn.gelu(scale))
+        return drift + scale * jnp.nan_to_num(context.score)
+
+
 def network_of(name, width):
     """The networks by which programs are compared; "gfn" sees no score."""
     if name == "vsm":
         return ds.networks.linen(PisGrad(width), needs_score=True)
+    if name == "sde":
+        return ds.networks.linen(SdeNetwork(width), needs_score=True)
     if name == "gfn":
         return ds.networks.free(width, depth=2, learn_variance=True)
     return ds.networks.score_guided(width, depth=2)
@@ -377,20 +393,14 @@ def cells_of(args):
     if args.command == "updates" and args.peers:
         shape = {"num_steps": [100], "batch_size": [512], "width": [64]}
         targets = ["gmm25", "funnel", "manywell"]
-        guided, free = ["vsm", "guided"], ["gfn"]
-        detached = ["log_variance", "trajectory_balance"]
-        return [
-            {**cell, "workload": "{target} {objective} {network}".format(**cell)}
-            for cell in (
-                *product(
-                    target=targets,
-                    objective=list(OBJECTIVES),
-                    network=guided,
-                    **shape,
-                ),
-                *product(target=targets, objective=detached, network=free, **shape),
-            )
-        ]
+        cells = product(
+            target=targets,
+            objective=list(OBJECTIVES),
+            network=["vsm", "sde", "gfn"],
+            **shape,
+        )
+        name = "{target} {objective} {network}"
+        return [{**cell, "workload": name.format(**cell)} for cell in cells]
     cells = product(
         target=args.targets,
         objective=args.objectives,
@@ -648,7 +658,7 @@ def parse():
         batches = {"draws": [100_000], "quality": [512]}.get(name, [512, 2_048])
         one.add_argument("--batches", nargs="+", type=int, default=batches)
         one.add_argument("--width", type=int, default=64)
-        networks = ("guided", "vsm", "gfn")
+        networks = ("guided", "vsm", "sde", "gfn")
         one.add_argument("--network", default="guided", choices=networks)
         one.add_argument("--bfloat16", action="store_true")
         add_mesh_option(one)
