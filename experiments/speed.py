@@ -3,8 +3,9 @@
     python experiments/speed.py updates --out outputs/speed.jsonl
     python experiments/speed.py updates --peers    # workloads of other programs
     python experiments/speed.py scoring            # the second pass alone
+    python experiments/speed.py profile            # where the time of an update goes
     python experiments/speed.py draws
-    python experiments/speed.py quality                  # seconds to a given quality
+    python experiments/speed.py quality            # seconds to a given quality
     python experiments/speed.py table [FILES] [--peer-file peers.jsonl]
     python experiments/speed.py plot [FILES]
 
@@ -238,14 +239,23 @@ def temporary_bytes(sampler, objective, target, size):
     return step.lower(state).compile().memory_analysis().temp_size_in_bytes
 
 
-def measure_scoring(cell, seconds):
-    """The second pass of log-variance alone: densities forwards and backwards."""
-    target = TARGETS[cell["target"]][0]()
-    sampler = sampler_of(cell, target)
-    params, size = sampler.init(jax.random.key(0)), cell["batch_size"]
-    keys = jax.random.split(jax.random.key(1), size)
-    simulate = jax.vmap(sampler.simulate, in_axes=(None, 0, None))
-    paths = jax.jit(lambda keys: simulate(params, keys, target.energy))(keys)
+def times_of(run, seconds):
+    """Wall times of repeated calls of compiled code."""
+    jax.block_until_ready(run())
+    times = []
+    while sum(times) < seconds or len(times) < 3:
+        begin = time.perf_counter()
+        jax.block_until_ready(run())
+        times.append(time.perf_counter() - begin)
+    return times
+
+
+def two_passes(cell, sampler, target):
+    """Simulation, and the gradient of log-variance for given paths."""
+    params = sampler.init(jax.random.key(0))
+    keys = jax.random.split(jax.random.key(1), cell["batch_size"])
+    each = jax.vmap(sampler.simulate, in_axes=(None, 0, None))
+    simulate = jax.jit(lambda params, keys: each(params, keys, target.energy))
     memory = cell.get("memory")
 
     @jax.jit
@@ -254,13 +264,56 @@ def measure_scoring(cell, seconds):
         scored, _ = scoring.score_paths(sampler, params, paths, memory=memory)
         return jnp.var(scored.log_weight)
 
-    run = functools.partial(gradient, params, paths)
-    jax.block_until_ready(run())
-    times = []
-    while sum(times) < seconds or len(times) < 3:
-        begin = time.perf_counter()
-        jax.block_until_ready(run())
-        times.append(time.perf_counter() - begin)
+    paths = simulate(params, keys)
+    first = functools.partial(simulate, params, keys)
+    return params, first, functools.partial(gradient, params, paths)
+
+
+def measure_profile(cell, seconds):
+    """An update, its two passes, and training with a progress bar."""
+    target = TARGETS[cell["target"]][0]()
+    sampler, size = sampler_of(cell, target), cell["batch_size"]
+    _, simulate, score = two_passes(cell, sampler, target)
+    optimizer = optax.adam(1e-3)
+
+    def fit(num_updates, progress_bar, state=None):
+        run = ds.fit(
+            jax.random.key(0),
+            sampler,
+            ds.objectives.log_variance(),
+            target.energy,
+            optimizer=optimizer,
+            batch_size=size,
+            num_updates=num_updates,
+            state=state,
+            progress_bar=progress_bar,
+        )
+        return run.state, (run.seconds - run.compile_seconds) / num_updates
+
+    os.environ.pop("CI", None)  # bars are shown then
+    state, once = fit(20, False)
+    num = int(np.clip(seconds / once, 20, 500))
+    plain, shown = [], []
+    for _ in range(5):  # in turns, so that a busy moment falls on both
+        plain.append(fit(num, False, state)[1])
+        shown.append(fit(num, True, state)[1])
+    return {
+        **cell,
+        "best_seconds": min(plain),
+        "with_bar": min(shown),
+        "simulate": min(times_of(simulate, seconds)),
+        "score": min(times_of(score, seconds)),
+        "matmul_rate": matmul_rate(),
+    }
+
+
+def measure_scoring(cell, seconds):
+    """The second pass of log-variance alone: densities forwards and backwards."""
+    target = TARGETS[cell["target"]][0]()
+    sampler = sampler_of(cell, target)
+    params, _, score = two_passes(cell, sampler, target)
+    times, size = times_of(score, seconds), cell["batch_size"]
+    memory = cell.get("memory")
     per_state, per_step = network_flops(sampler)
     flops = 3 * cell["num_steps"] * (size * per_state + per_step)
     return {
@@ -359,6 +412,7 @@ QUALITY = {  # target, reference scale, steps
 MEASURES = {
     "updates": measure_updates,
     "scoring": measure_scoring,
+    "profile": measure_profile,
     "draws": measure_draws,
     "quality": measure_quality,
 }
@@ -464,6 +518,8 @@ def table(args):
             [r for r in by_command["updates"] if "workload" in r], args.peer_file
         )
         _slopes([r for r in by_command["updates"] if "workload" not in r])
+    if by_command["profile"]:
+        _table_of_profiles(by_command["profile"])
     if by_command["scoring"]:
         _table_of_scoring(by_command["scoring"])
     if by_command["draws"]:
@@ -545,6 +601,18 @@ def _slopes(rows):
     if lines:
         header = ["in", "target", "objective", "at", "cores", "slope"]
         _print_table("Growth of the time of an update", header, lines)
+
+
+def _table_of_profiles(rows):
+    lines = []
+    for r in rows:
+        rest = r["best_seconds"] - r["simulate"] - r["score"]
+        parts = (r["best_seconds"], r["simulate"], r["score"], rest)
+        cell = r["target"], r["width"], r["num_steps"], r["batch_size"], r["cores"]
+        bar = f"{r['with_bar'] / r['best_seconds'] - 1:+.1%}"
+        lines.append((*cell, *(f"{1e3 * part:.1f}" for part in parts), bar))
+    header = "target,width,K,batch,cores,update ms,simulate,score,the rest,progress bar"
+    _print_table("Where the time of an update goes", header.split(","), lines)
 
 
 def _table_of_scoring(rows):
@@ -653,7 +721,8 @@ def parse():
         one.add_argument("--targets", nargs="+", default=names, choices=names)
         objectives = list(OBJECTIVES)
         one.add_argument("--objectives", nargs="+", default=objectives)
-        steps = {"draws": [1, 5, 100], "scoring": [100]}.get(name, [10, 100, 256])
+        steps = {"draws": [1, 5, 100], "scoring": [100], "profile": [100]}
+        steps = steps.get(name, [10, 100, 256])
         one.add_argument("--steps", nargs="+", type=int, default=steps)
         batches = {"draws": [100_000], "quality": [512]}.get(name, [512, 2_048])
         one.add_argument("--batches", nargs="+", type=int, default=batches)

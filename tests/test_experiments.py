@@ -228,7 +228,7 @@ def test_amortised_cells_that_are_there_are_not_run_again(
     family = script.Family(*[None] * 6, numbers={})
 
     def fake(*cell):
-        ran.append(cell[:-1])
+        ran.append(cell[: cell.index(family)])
         return {"ess": 0.5}
 
     monkeypatch.setattr(script, "make_family", lambda seed: family)
@@ -491,3 +491,125 @@ def test_a_small_run_of_consistent(tmp_path, arguments, monkeypatch, capsys):
     arguments("plot", out, "--folder", tmp_path)
     script.main()
     assert len(list(tmp_path.glob("*.png"))) == 3
+
+
+# ---------------------------------------------------------------------------- speed
+
+
+def test_operations_of_a_network_are_those_of_its_matrices():
+    """Per state 2 (D H + 2 H^2 + H D), per step 2 (4 H^2 of time, and the scale's)."""
+    script, dim, width = _script("speed"), 3, 16
+    sampler = ds.samplers.pis(dim, 4, network=ds.networks.free(width, depth=2))
+    per_state = 2 * (dim * width + 2 * width**2 + width * dim)
+    per_step = 2 * (2 * width * width + width**2)
+    assert script.network_flops(sampler) == (per_state, per_step)
+    guided = ds.samplers.pis(dim, 4, network=ds.networks.score_guided(width, depth=2))
+    scale = 2 * (2 * width * width + width**2 + width * dim)
+    assert script.network_flops(guided) == (per_state, per_step + scale)
+
+
+def _speed_row(command, **fields):
+    environment = {"device": "cpu", "python": "3", "versions": {"jax": "1.2.3"}}
+    return {"command": command, "cell": str(fields), **environment, **fields}
+
+
+def _update_row(num_steps, batch_size, seconds, **fields):
+    return _speed_row(
+        "updates",
+        target="gmm25",
+        dim=2,
+        objective="log_variance",
+        num_steps=num_steps,
+        batch_size=batch_size,
+        cores=1,
+        num_devices=1,
+        best_seconds=seconds,
+        cpu_ms=1e3 * seconds,
+        best_cpu_ms=1e3 * seconds,
+        compile_seconds=9.0,
+        energy_gradients=100.0,
+        network_flops=2e9,
+        rate=2e9 / seconds,
+        matmul_rate=4e9 / seconds,
+        temporary_bytes=3 * 2**20,
+        stored_bytes=2 * 2**20,
+        peak_bytes=800 * 2**20,
+        **fields,
+    )
+
+
+def test_table_of_speed(tmp_path, arguments, capsys):
+    script, out = _script("speed"), tmp_path / "rows.jsonl"
+    peers = tmp_path / "peers.jsonl"
+    rows = [_update_row(100, 512, 0.1), _update_row(10, 512, 0.01)]
+    rows += [_update_row(100, 512, 0.1, workload="gmm25 log_variance vsm")]
+    draws = {"num_steps": 1, "batch_size": 10, "cores": 1, "draws_per_second": 5e5}
+    rows += [_speed_row("draws", target="gmm25", **draws)]
+    quality = {"objective": "reverse_kl", "batch_size": 8, "learning_rate": 0.1}
+    quality |= {"energies": 2e6, "eubo_gap": 0.25, "mode_tv": None}
+    rows += [
+        _speed_row("quality", target="gmm9", seed=i, seconds=s, reached=r, **quality)
+        for i, (s, r) in enumerate([(3.0, True), (5.0, True), (60.0, False)])
+    ]
+    out.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    peer = {"workload": "gmm25 log_variance vsm", "peer": "other", "cpu_ms": 200.0}
+    peers.write_text(json.dumps(peer) + "\n" + json.dumps(peer | {"cpu_ms": 400.0}))
+    arguments("table", out, "--peer-file", peers)
+    script.main()
+    said = capsys.readouterr().out
+    assert "| gmm25, 2-D | log_variance | 1 | 100 | 512 | 100 | 9 s | 100 |" in said
+    assert "| 2.00 | 50% | 3 | 1.50 | 800 |" in said
+    assert "| other, 200 ms | 0.50 |" in said
+    assert "| num_steps | gmm25 | log_variance | 512 | 1 | 1.00 |" in said
+    assert "| gmm25 | 1 | 10 | 1 | 500,000 |" in said
+    assert "| 2 of 3 | 5 (inf) | 2.0 | 0.25 | - |" in said
+
+
+def test_workloads_of_other_programs(arguments):
+    script = _script("speed")
+    arguments("updates", "--peers")
+    names = {cell["workload"] for cell in script.cells_of(script.parse())}
+    peers = script.read(FOLDER / "peers.jsonl")
+    assert {peer["workload"] for peer in peers} <= names
+
+
+def test_a_speed_cell_that_fails_is_named(tmp_path, arguments, capfd):
+    script, out = _script("speed"), tmp_path / "rows.jsonl"
+    arguments("draws", "--batches", 0, "--steps", 1, "--targets", "gmm25", "--out", out)
+    script.main()
+    assert "num_draws must be an int of at least 1" in capfd.readouterr().err
+    assert script.read(out) == []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_small_runs_of_speed(tmp_path, arguments, capsys):
+    script, out = _script("speed"), tmp_path / "rows.jsonl"
+    small = ("--seconds", 0.1, "--width", 8, "--targets", "gmm25", "--out", out)
+    shape = ("--steps", 4, "--batches", 16)
+    for words in (
+        ("updates", "--objectives", "log_variance", *shape),
+        ("scoring", *shape),
+        ("profile", *shape),
+        ("draws", *shape),
+    ):
+        arguments(*words, *small)
+        script.main()
+    options = ("--seconds", 0.1, "--objectives", "reverse_kl", "--batches", 16)
+    arguments("quality", "--targets", "gmm9", "--seeds", 0, *options, "--out", out)
+    script.main()
+    rows = script.read(out)
+    assert [r["command"] for r in rows] == [
+        "updates",
+        "scoring",
+        "profile",
+        "draws",
+        "quality",
+    ]
+    assert rows[0]["energy_gradients"] == 16 * 5
+    arguments("table", out)
+    script.main()
+    assert "Where the time of an update goes" in capsys.readouterr().out
+    arguments("plot", out, "--folder", tmp_path)
+    script.main()
+    assert (tmp_path / "speed.png").exists()
