@@ -4,6 +4,8 @@
     python experiments/speed.py updates --peers    # workloads of other programs
     python experiments/speed.py scoring            # the second pass alone
     python experiments/speed.py profile            # where the time of an update goes
+    python experiments/speed.py compile            # each sampler
+    python experiments/speed.py precision          # what bfloat16 does to the ELBO
     python experiments/speed.py draws
     python experiments/speed.py quality            # seconds to a given quality
     python experiments/speed.py table [FILES] [--peer-file peers.jsonl]
@@ -327,6 +329,55 @@ def measure_scoring(cell, seconds):
     }
 
 
+def measure_compile(cell, seconds):
+    """Seconds until the first update of a sampler with its default networks."""
+    del seconds
+    target, scale = TARGETS[cell["target"]][0](), TARGETS[cell["target"]][1]
+    make = getattr(ds.samplers, cell["sampler"])
+    sampler = make(target.dim, cell["num_steps"], scale=scale)
+    fit = ds.fit(
+        jax.random.key(0),
+        sampler,
+        OBJECTIVES[cell["objective"]](),
+        target.energy,
+        batch_size=cell["batch_size"],
+        num_updates=1,
+        progress_bar=False,
+    )
+    return {**cell, "compile_seconds": fit.compile_seconds}
+
+
+def measure_precision(cell, seconds):
+    """ELBO after as many updates in float32 and with products in bfloat16."""
+    del seconds
+    target, scale = TARGETS[cell["target"]][0](), TARGETS[cell["target"]][1]
+    exact = ds.networks.annealed_score_guided(cell["width"])
+    key, found = jax.random.key(cell["seed"]), {}
+    networks = {"float32": exact, "bfloat16": ds.networks.reduced_precision(exact)}
+    for name, network in networks.items():
+        sampler = ds.samplers.dis(target.dim, 32, scale=scale, network=network)
+        fit = ds.fit(
+            jax.random.fold_in(key, 0),
+            sampler,
+            ds.objectives.log_variance(),
+            target.energy,
+            anneal=ds.schedules.cosine_anneal,
+            batch_size=cell["batch_size"],
+            num_updates=1_000,
+            progress_bar=False,
+        )
+        for_draws = jax.random.fold_in(key, 1)
+        draws = ds.draw(for_draws, sampler, fit.params, target.energy, 20_000)
+        weights = draws.log_weight
+        found |= {
+            f"{name}_elbo_gap": target.log_z - draws.log_evidence.lower,
+            f"{name}_elbo_error": float(np.std(weights) / math.sqrt(len(weights))),
+            f"{name}_log_z_error": draws.log_evidence.estimate - target.log_z,
+            f"{name}_log_z_standard_error": draws.log_evidence.standard_error,
+        }
+    return {**cell, **found}
+
+
 def measure_draws(cell, seconds):
     """Weighted draws per second, compiled."""
     target = TARGETS[cell["target"]][0]()
@@ -413,6 +464,8 @@ MEASURES = {
     "updates": measure_updates,
     "scoring": measure_scoring,
     "profile": measure_profile,
+    "compile": measure_compile,
+    "precision": measure_precision,
     "draws": measure_draws,
     "quality": measure_quality,
 }
@@ -455,6 +508,14 @@ def cells_of(args):
         )
         name = "{target} {objective} {network}"
         return [{**cell, "workload": name.format(**cell)} for cell in cells]
+    if args.command == "compile":
+        samplers, shape = ["pis", "dds", "dis", "gbs", "scds"], {"num_steps": 100}
+        shape |= {"batch_size": 512, "target": "gmm25"}
+        cells = product(sampler=samplers, objective=args.objectives)
+        return [{**cell, **shape} for cell in cells]
+    if args.command == "precision":
+        targets, shape = ["gmm25", "manywell"], {"batch_size": 256, "width": 64}
+        return [{**cell, **shape} for cell in product(seed=args.seeds, target=targets)]
     cells = product(
         target=args.targets,
         objective=args.objectives,
@@ -522,6 +583,15 @@ def table(args):
         _table_of_profiles(by_command["profile"])
     if by_command["scoring"]:
         _table_of_scoring(by_command["scoring"])
+    if by_command["compile"]:
+        header = ["sampler", "objective", "seconds until the first update"]
+        lines = [
+            (r["sampler"], r["objective"], f"{r['compile_seconds']:.0f}")
+            for r in by_command["compile"]
+        ]
+        _print_table("Compilation", header, lines)
+    if by_command["precision"]:
+        _table_of_precision(by_command["precision"])
     if by_command["draws"]:
         _table_of_draws(by_command["draws"])
     if by_command["quality"]:
@@ -637,6 +707,22 @@ def _table_of_scoring(rows):
     )
 
 
+def _table_of_precision(rows):
+    lines = []
+    for r in rows:
+        gaps = [
+            f"{r[n + '_elbo_gap']:.3f} ± {r[n + '_elbo_error']:.3f}"
+            for n in ("float32", "bfloat16")
+        ]
+        errors = [
+            f"{r[n + '_log_z_error']:+.3f} ± {r[n + '_log_z_standard_error']:.3f}"
+            for n in ("float32", "bfloat16")
+        ]
+        lines.append((r["target"], r["seed"], *gaps, *errors))
+    header = "target,seed,ELBO gap float32,bfloat16,log Z error float32,bfloat16"
+    _print_table("Products in bfloat16", header.split(","), lines)
+
+
 def _table_of_draws(rows):
     _print_table(
         "Weighted draws",
@@ -735,8 +821,9 @@ def parse():
             one.add_argument("--peers", action="store_true")
         if name == "scoring":
             one.add_argument("--memory", nargs="+", type=int, help="bytes")
-        if name == "quality":
+        if name in ("quality", "precision"):
             one.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+        if name == "quality":
             rates = [1e-3]
             one.add_argument("--learning-rates", nargs="+", type=float, default=rates)
         one.set_defaults(function=run)

@@ -638,6 +638,17 @@ def test_a_key_that_is_none():
         ds.fit(0, SAMPLER, ds.objectives.log_variance(), energy_of(), num_updates=1)
 
 
+def test_no_update_calls_the_host():
+    objective, behaviour = ds.objectives.log_variance(), ds.behaviours.on_policy()
+    recipe = ds.training.Recipe(SAMPLER, objective, behaviour, optax.adam(1e-3), 16)
+    energy = energy_of()
+    state, _ = jax.eval_shape(
+        lambda key: ds.training.init(key, recipe, energy), jax.random.key(0)
+    )
+    update = jax.make_jaxpr(lambda state: ds.training.step(recipe, state, energy))
+    assert "callback" not in str(update(state))
+
+
 # -------------------------------------------------------------------------- memory
 
 
@@ -665,3 +676,21 @@ def test_memory_does_not_grow_with_the_number_of_steps(name):
     objective = OBJECTIVES[name]()
     few, many = (_temporary_bytes(objective, k) for k in (10, 100))
     assert many[0] < 1.3 * few[0] + many[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["log_variance", "trajectory_balance"])
+def test_memory_is_that_of_the_states_and_scores(name):
+    """256 steps of 2,048 paths in 32 dimensions."""
+    target = ds.targets.manywell()
+    sampler, batch_size = ds.samplers.pis(target.dim, 256), 2_048
+    objective, behaviour = OBJECTIVES[name](), ds.behaviours.on_policy()
+    recipe = ds.training.Recipe(
+        sampler, objective, behaviour, optax.adam(1e-3), batch_size
+    )
+    state, _ = jax.eval_shape(
+        lambda key: ds.training.init(key, recipe, target.energy), jax.random.key(0)
+    )
+    step = jax.jit(lambda state: ds.training.step(recipe, state, target.energy))
+    used = step.lower(state).compile().memory_analysis().temp_size_in_bytes
+    assert used < 1.3 * 2 * 4 * batch_size * 257 * target.dim
