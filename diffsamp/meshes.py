@@ -7,12 +7,15 @@ clock is decided by the first.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+Tree = TypeVar("Tree")
 
 
 def as_mesh(mesh: Any) -> Mesh | None:
@@ -50,21 +53,21 @@ def rows(mesh: Mesh) -> PartitionSpec:
     return PartitionSpec(mesh.axis_names)
 
 
-def spread(mesh: Mesh | None, tree: Any) -> Any:
+def spread(mesh: Mesh | None, tree: Tree) -> Tree:
     """Within compiled code: the first axis of every leaf goes over the mesh."""
     if mesh is None:
         return tree
     return _constrained(tree, NamedSharding(mesh, rows(mesh)))
 
 
-def everywhere(mesh: Mesh | None, tree: Any) -> Any:
+def everywhere(mesh: Mesh | None, tree: Tree) -> Tree:
     """Within compiled code: every leaf is whole on every device."""
     if mesh is None:
         return tree
     return _constrained(tree, NamedSharding(mesh, PartitionSpec()))
 
 
-def put_everywhere(mesh: Mesh | None, tree: Any) -> Any:
+def put_everywhere(mesh: Mesh | None, tree: Tree) -> Tree:
     """Copies every array to all devices of the mesh."""
     if mesh is None:
         return tree
@@ -77,16 +80,15 @@ def put_everywhere(mesh: Mesh | None, tree: Any) -> Any:
 def _put_on_all_hosts(leaf, sharding):
     if isinstance(leaf, jax.Array) and leaf.sharding == sharding:
         return leaf
-    if hasattr(leaf, "dtype") and jax.dtypes.issubdtype(
-        leaf.dtype, jax.dtypes.prng_key
-    ):
+    dtype = getattr(leaf, "dtype", None)
+    if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key):
         data = _put_on_all_hosts(jax.random.key_data(leaf), sharding)
         return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
     array = np.asarray(leaf)
     return jax.make_array_from_callback(array.shape, sharding, array.__getitem__)
 
 
-def on_this_host(tree: Any) -> Any:
+def on_this_host(tree: Tree) -> Tree:
     """Arrays that are whole everywhere, as this process has them."""
     return jax.tree.map(
         lambda leaf: leaf.addressable_data(0) if _is_global(leaf) else leaf, tree

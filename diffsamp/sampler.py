@@ -568,9 +568,10 @@ class Sampler:
         now, later = (jax.tree.map(lambda a, s=s: a[s], (ys, seen)) for s in _ENDS)
 
         def one(step, now, later):
-            generation = self._generate(params, step, *now, condition)
-            destruction = self._destroy(params, step, *later, condition)
-            return self._densities(now[0], later[0], generation, destruction)
+            (y, seen), (y_next, seen_next) = now, later
+            generation = self._generate(params, step, y, seen, condition)
+            destruction = self._destroy(params, step, y_next, seen_next, condition)
+            return self._densities(y, y_next, generation, destruction)
 
         return jax.vmap(one)(steps, now, later)
 

@@ -491,8 +491,8 @@ def fit(
     behaviour = behaviour or behaviours.on_policy()
     _check_parts(sampler, objective, behaviour, batch_size)
     meshes.check_divides("batch_size", batch_size, mesh)
-    conditions = _as_conditions(conditions, sampler, paths_per_condition, batch_size)
-    _check_energy(sampler, energy, conditions)
+    law = _as_conditions(conditions, sampler, paths_per_condition, batch_size)
+    _check_energy(sampler, energy, law)
     limits = num_updates, max_seconds, max_energy_evaluations
     _check_budget(*limits, updates_per_chunk, checkpoint)
     if num_updates is None and max_seconds is None and max_energy_evaluations is None:
@@ -512,20 +512,20 @@ def fit(
     pilot_key, init_key = jax.random.split(key)
     progress = _Progress(recipe)
     if checkpoint is not None:
-        progress.energies = _energies_at_fixed_points(sampler, energy, conditions)
+        progress.energies = _energies_at_fixed_points(sampler, energy, law)
     resumed = checkpoint is not None and os.path.exists(checkpoint)
     if resumed:
         shapes = jax.eval_shape(
-            lambda k: init(k, recipe, energy, params, conditions)[0], init_key
+            lambda k: init(k, recipe, energy, params, law)[0], init_key
         )
         state = progress.read(checkpoint, recipe, shapes)
     elif state is None:
-        progress.add_pilot(_check_start(pilot_key, sampler, params, energy, conditions))
-        state, cost = init(init_key, recipe, energy, params, conditions)
+        progress.add_pilot(_check_start(pilot_key, sampler, params, energy, law))
+        state, cost = init(init_key, recipe, energy, params, law)
         progress.add_cost(cost)
     if not resumed:
         progress.first = int(state.count)
-    state, energy, conditions = meshes.put_everywhere(mesh, (state, energy, conditions))
+    state, energy, law = meshes.put_everywhere(mesh, (state, energy, law))
     total = None if num_updates is None else progress.first + num_updates
 
     chunk = functools.partial(_chunk, recipe.begun, updates_per_chunk or MAX_CHUNK)
@@ -538,7 +538,7 @@ def fit(
             spent = max(spent, progress.num_evaluations / max_energy_evaluations)
         share = np.float32(min(spent, 1.0))
         numbers = np.int32(num), total_or_never, first, share
-        return chunk(state, energy, conditions, *numbers)
+        return chunk(state, energy, law, *numbers)
 
     def keep(state):
         if checkpoint is not None and meshes.is_first_process(mesh):

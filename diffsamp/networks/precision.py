@@ -86,11 +86,13 @@ def reduced_precision(
 
 def _dense(layer: nn.Dense, x: Array, algorithm: Algorithm) -> Array:
     kernel = layer.get_variable("params", "kernel")
-    factors, precision = (x, kernel), algorithm
+    left, precision = x, algorithm
     if algorithm == Algorithm.BF16_BF16_F32:  # a CPU would accept and not round
-        factors, precision = (a.astype(jax.numpy.bfloat16) for a in factors), None
+        left, kernel = (a.astype(jax.numpy.bfloat16) for a in (x, kernel))
+        precision = None
     out = jax.lax.dot_general(
-        *factors,
+        left,
+        kernel,
         (((x.ndim - 1,), (0,)), ((), ())),
         precision=precision,
         preferred_element_type=x.dtype,
