@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
 
 from diffsamp import meshes
 from diffsamp.deterministic import ProbabilityFlow
@@ -124,14 +124,7 @@ def _over_blocks(block, num_blocks, mesh, shared, of_rows):
         return jax.lax.map(lambda one: block(shared, one), inputs)
 
     if mesh is not None:
-        whole, spread = PartitionSpec(), meshes.rows(mesh)
-        run = jax.shard_map(
-            run,
-            mesh=mesh,
-            in_specs=(whole, spread),
-            out_specs=spread,
-            check_vma=False,
-        )
+        run = meshes.by_device(mesh, run, whole=1, spread=1)
     blocks = jnp.arange(num_blocks), _in_blocks(of_rows, num_blocks)
     return meshes.everywhere(mesh, _flat(run(shared, blocks)))
 

@@ -28,7 +28,7 @@ class Buffer(NamedTuple):
         x: points, [capacity, D].
         energy: their energies, [capacity].
         score: minus the energy gradient in unit coordinates, that is times the
-            reference's scale, as in `Path.last_score`, [capacity, D]; [capacity, 0]
+            reference's scale, as in `Path.scores`, [capacity, D]; [capacity, 0]
             where it is not kept.
         log_weight: log importance weight of each at the time it was added, [capacity].
         size: how many rows are filled, [].

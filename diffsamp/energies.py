@@ -119,7 +119,8 @@ def check_energy(
     except Exception as error:
         raise ValueError(
             "energy has a value but no gradient, which this sampler's networks are "
-            f"shown ({type(error).__name__}: {error}). Give code that JAX cannot trace "
-            "a derivative by jax.custom_jvp, or use a network that sees none: "
-            "network=ds.networks.free()"
+            "shown, or this objective needs "
+            f"({type(error).__name__}: {error}). Give code that JAX cannot trace "
+            "a derivative by jax.custom_jvp, or use a network that sees none, "
+            "network=ds.networks.free(), and another objective than reverse_kl"
         ) from error

@@ -152,6 +152,7 @@ def evaluate(
             exact[1],
             batch_size,
             condition=condition,
+            mesh=mesh,
         )
         forward = evidence.log_z_from_target_draws(log_weight)
         names = ("energy", "gradient", "network")

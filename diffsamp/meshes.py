@@ -1,8 +1,9 @@
 """Many devices: rows of a batch are spread over a mesh, all else is on each of them.
 
-Nothing else in the library knows of devices. Programs run on several hosts as on one:
+All that the library knows of devices is here. Programs run on several hosts as on one:
 every process calls the same functions with the same arguments, and what depends on a
-clock is decided by the first.
+clock is decided by the first. An exception or an interrupt in one of them leaves the
+others waiting.
 """
 
 from __future__ import annotations
@@ -30,6 +31,11 @@ def as_mesh(mesh: Any) -> Mesh | None:
         raise ValueError(
             f"mesh must be a jax.sharding.Mesh, got {type(mesh).__name__}; make one of "
             'all devices by jax.make_mesh((jax.device_count(),), ("batch",))'
+        )
+    if 1 < len(_hosts(mesh)) < jax.process_count():
+        raise ValueError(
+            f"mesh has devices of {len(_hosts(mesh))} of {jax.process_count()} "
+            "processes; use those of all, or of one alone"
         )
     return Mesh(mesh.devices, mesh.axis_names)
 
@@ -101,7 +107,7 @@ def _is_global(leaf) -> bool:
 
 def agreed(mesh: Mesh | None, values: tuple[float, ...]) -> tuple[float, ...]:
     """The first process's values, on all processes that share a mesh."""
-    if mesh is None or jax.process_count() == 1:
+    if mesh is None or len(_hosts(mesh)) == 1:
         return values
     sent = multihost_utils.broadcast_one_to_all(np.asarray(values, np.float32))
     return tuple(float(value) for value in sent)
@@ -109,7 +115,63 @@ def agreed(mesh: Mesh | None, values: tuple[float, ...]) -> tuple[float, ...]:
 
 def is_first_process(mesh: Mesh | None) -> bool:
     """Whether this process is the one that writes files."""
-    return mesh is None or jax.process_index() == 0
+    return mesh is None or jax.process_index() == min(_hosts(mesh))
+
+
+def check_agreed(mesh: Mesh | None, values: tuple[float, ...], message: str) -> None:
+    """Raises on all processes that share a mesh where one has other values.
+
+    Raises:
+        RuntimeError: with the message.
+    """
+    if mesh is None or len(_hosts(mesh)) == 1:
+        return
+    found = multihost_utils.process_allgather(np.asarray(values, np.float32))
+    if np.any(found != found[:1]):
+        raise RuntimeError(message)
+
+
+def wait_for_others(mesh: Mesh | None) -> None:
+    """Returns when all processes that share a mesh have come here."""
+    if mesh is not None and len(_hosts(mesh)) > 1:
+        multihost_utils.sync_global_devices("diffsamp")
+
+
+def by_device(
+    mesh: Mesh, function: Any, *, whole: int, spread: int, out_whole: bool = False
+) -> Any:
+    """Runs a function on every device with its part of the rows.
+
+    Args:
+        mesh: the devices.
+        function: of ``whole`` arguments that every device has, and after them
+            ``spread`` ones of which each has its rows.
+        whole: how many of the first kind.
+        spread: how many of the second.
+        out_whole: whether all devices return the same, or each its rows.
+    """
+    here, everywhere = rows(mesh), PartitionSpec()
+    return jax.shard_map(
+        function,
+        mesh=mesh,
+        in_specs=(everywhere,) * whole + (here,) * spread,
+        out_specs=everywhere if out_whole else here,
+        check_vma=False,
+    )
+
+
+def total(mesh: Mesh, tree: Tree) -> Tree:
+    """Within `by_device`: the sum over devices."""
+    return jax.lax.psum(tree, mesh.axis_names)
+
+
+def on_cpu() -> bool:
+    """Whether arrays are on CPUs unless one says otherwise."""
+    return jax.default_backend() == "cpu"
+
+
+def _hosts(mesh: Mesh) -> set[int]:
+    return {device.process_index for device in mesh.devices.flat}
 
 
 def _constrained(tree, sharding):

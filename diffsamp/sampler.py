@@ -246,7 +246,7 @@ class Sampler:
         Returns:
             A `Trajectory`.
         """
-        run = self._run(params, key, energy, condition, keep=True, log_densities=True)
+        run = self._run(params, key, energy, condition, keep=True)
         return self._trajectory(run.path.xs, run.log_prior, run.densities, run.energy)
 
     def score(
@@ -340,15 +340,23 @@ class Sampler:
         """Cost of tracing a path back and scoring it: the same."""
         return self.evaluations_per_path
 
-    def check_energy(self, energy: Energy, condition: Any = None) -> None:
+    def check_energy(
+        self, energy: Energy, condition: Any = None, *, gradient: bool = False
+    ) -> None:
         """Checks, by shapes alone, that energy and condition fit the sampler.
+
+        Args:
+            energy: maps [D] to [], or ([D], condition) to [].
+            condition: [condition_dim], or None.
+            gradient: whether its gradient is needed even if no network sees it.
 
         Raises:
             ValueError: when they do not.
         """
         self._check_condition(condition)
         bound = bind_condition(energy, condition)
-        check_energy(bound, self.dim, self._dtype, gradient=self.needs_score)
+        gradient = gradient or self.needs_score
+        check_energy(bound, self.dim, self._dtype, gradient=gradient)
 
     def simulate(
         self,
@@ -376,7 +384,6 @@ class Sampler:
             energy,
             condition,
             keep=True,
-            log_densities=True,
             extra_std=extra_std,
         )
         return run.path._replace(densities=run.densities)
@@ -606,7 +613,7 @@ class Sampler:
         self, params: Params, key: Key, energy: Energy, condition: Array | None = None
     ) -> Final:
         """Draws one weighted point and keeps nothing else."""
-        run = self._run(params, key, energy, condition, log_densities=True)
+        run = self._run(params, key, energy, condition)
         log_weight = _log_weight(run.energy, run.log_prior, run.densities)
         return Final(self.original(run.y), log_weight, run.energy)
 
@@ -619,9 +626,7 @@ class Sampler:
         carry no gradient and are kept, so that no energy is evaluated again in the
         backward pass. Returns the trajectory and the path it was scored on.
         """
-        run = self._run(
-            params, key, energy, condition, log_densities=True, remat=True, keep=True
-        )
+        run = self._run(params, key, energy, condition, remat=True, keep=True)
         y, path, energy_value = run.y, run.path, run.energy
         score = path.scores[-1]
         if not self.needs_score:  # otherwise it is known already
@@ -740,7 +745,6 @@ class Sampler:
         condition: Array | None,
         *,
         keep: bool = False,
-        log_densities: bool = False,
         remat: bool = False,
         extra_std: Array | float = 0.0,
     ) -> _Run:
@@ -773,10 +777,8 @@ class Sampler:
             value, next_score = checkpoint_name((value, next_score), _EVALUATED)
             features = self._features(params, y_next, step.next_time, condition)
             next_seen = _Seen(next_score, features)
-            densities = None
-            if log_densities:
-                destruction = self._destroy(params, step, y_next, next_seen, condition)
-                densities = self._densities(y, y_next, (mean, std), destruction)
+            destruction = self._destroy(params, step, y_next, next_seen, condition)
+            densities = self._densities(y, y_next, (mean, std), destruction)
             state = (self.original(y_next), value, next_score) if keep else None
             if keep and not remat:
                 kept, state = _put(kept, step.index + 1, state), None

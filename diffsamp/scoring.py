@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from diffsamp import meshes
 from diffsamp.types import Array, Densities, Params, Path, Trajectory
 
 CPU_MEMORY = 2**20
@@ -47,7 +48,7 @@ def score_paths(
     paths: Path,
     condition: Array | None = None,
     *,
-    memory: int | None = None,
+    memory_budget: int | None = None,
     mesh: Any = None,
 ) -> tuple[Trajectory, Array]:
     """Scores a batch of paths; differentiable in the parameters, not in the states.
@@ -58,8 +59,8 @@ def score_paths(
             the paths were simulated.
         paths: B paths; leaves have a leading axis B.
         condition: [B, C], or None.
-        memory: bytes that a tile may take on the way back on each device, or None for a
-            number that suits the backend.
+        memory_budget: bytes that a tile may take on the way back on each device, or
+            None for a number that suits the backend.
         mesh: devices over which the paths are spread, or None.
 
     Returns:
@@ -69,17 +70,15 @@ def score_paths(
         ValueError: when the memory does not suffice for one step of one path.
     """
     paths = jax.lax.stop_gradient(paths)
-    num_devices = 1 if mesh is None else mesh.size
-    num_rows = paths.energy.shape[0] // num_devices
-    tile = tile_within(sampler, params, num_rows, memory)
-    tile = tile._replace(num_rows=tile.num_rows * num_devices)
-    densities = _densities(sampler, tile, params, paths, condition)
+    num_rows = paths.energy.shape[0] // (1 if mesh is None else mesh.size)
+    tile = tile_within(sampler, params, num_rows, memory_budget)
+    densities = _densities(sampler, tile, mesh, params, paths, condition)
     trajectories = jax.vmap(sampler.with_densities)(paths, densities)
     return trajectories, densities.share_outside
 
 
 def tile_within(
-    sampler: Any, params: Params, num_rows: int, memory: int | None = None
+    sampler: Any, params: Params, num_rows: int, memory_budget: int | None = None
 ) -> Tile:
     """The largest tile within a budget: all rows if it can be, and as many steps.
 
@@ -87,7 +86,7 @@ def tile_within(
         sampler: the sampler.
         params: its parameters, or their shapes.
         num_rows: rows of the batch, on each device.
-        memory: bytes, or None for a number that suits the backend.
+        memory_budget: bytes, or None for a number that suits the backend.
 
     Raises:
         ValueError: when the memory does not suffice for one step of one path.
@@ -97,22 +96,23 @@ def tile_within(
         >>> from diffsamp.scoring import tile_within
         >>> sampler = ds.samplers.dis(dim=2, num_steps=100)
         >>> params = sampler.init(jax.random.key(0))
-        >>> tile_within(sampler, params, 512, memory=2**31)
+        >>> tile_within(sampler, params, 512, memory_budget=2**31)
         Tile(num_rows=512, num_steps=100)
     """
     each = bytes_per_step(sampler, params)
-    fewest, budget = 1, memory
+    fewest, budget = 1, memory_budget
     if budget is None:
-        on_cpu = jax.default_backend() == "cpu"
-        fewest, budget = FEWEST_ROWS, CPU_MEMORY if on_cpu else DEVICE_MEMORY
+        fewest, budget = FEWEST_ROWS, CPU_MEMORY if meshes.on_cpu() else DEVICE_MEMORY
     elif budget < each:
         raise ValueError(
-            f"memory_budget={memory} bytes is too small: scoring one step of one path "
-            f"takes {each}; raise it, or lower the width of the network"
+            f"memory_budget={memory_budget} bytes is too small: scoring one step of "
+            f"one path takes {each}; raise it, or lower the width of the network"
         )
     divisors = [n for n in range(1, num_rows + 1) if num_rows % n == 0]
     sizes = [n for n in divisors if n >= fewest] or [num_rows]
     rows = max((n for n in sizes if n * each <= budget), default=sizes[0])
+    if sampler.backbone is not None and rows < num_rows:
+        rows = sizes[0]  # its features serve both steps beside a state
     steps = min(max(1, budget // (rows * each)), sampler.num_steps)
     num_pieces = -(-sampler.num_steps // steps)
     return Tile(rows, -(-sampler.num_steps // num_pieces))  # pieces alike
@@ -142,27 +142,26 @@ def bytes_per_step(sampler: Any, params: Params) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in of_rows) // _ROWS
 
 
-def _densities(sampler, tile, params, paths, condition) -> Densities:
-    num_steps, num_rows = sampler.num_steps, paths.energy.shape[0]
-    # Row i of tile j is row i n + j of the batch: with the rows of a batch spread over
-    # devices, each has a part of every tile.
-    num_tiles = num_rows // tile.num_rows
-    begins = np.arange(0, num_steps, tile.num_steps)
-    index = np.stack(np.meshgrid(np.arange(num_tiles), begins), -1).reshape(-1, 2)
+def _densities(sampler, tile, mesh, params, paths, condition) -> Densities:
+    num_steps = sampler.num_steps
 
-    def split(tree):
-        """[B, ...] to [rows, tiles, ...]."""
-        shape = tile.num_rows, num_tiles
-        return jax.tree.map(lambda a: a.reshape(*shape, *a.shape[1:]), tree)
+    def tiles_of(tree):
+        """[B, ...] to [tiles, rows, ...], and which tiles begin at which step."""
+        num_tiles = jax.tree.leaves(tree)[0].shape[0] // tile.num_rows
+        shape = num_tiles, tile.num_rows
+        tree = jax.tree.map(lambda a: a.reshape(*shape, *a.shape[1:]), tree)
+        begins = np.arange(0, num_steps, tile.num_steps)
+        index = np.stack(np.meshgrid(np.arange(num_tiles), begins), -1)
+        return tree, index.reshape(-1, 2)
 
     def cut(array, number, start, length):
-        """[rows, tiles, steps, ...] to [rows, length, ...]."""
-        begin = (0, number, start) + (0,) * (array.ndim - 3)
-        sizes = (tile.num_rows, 1, length, *array.shape[3:])
-        return jax.lax.dynamic_slice(array, begin, sizes)[:, 0]
+        """[tiles, rows, steps, ...] to [rows, length, ...]."""
+        begin = (number, 0, start) + (0,) * (array.ndim - 3)
+        sizes = (1, tile.num_rows, length, *array.shape[3:])
+        return jax.lax.dynamic_slice(array, begin, sizes)[0]
 
     def evaluate(params, paths, condition, number, start) -> Densities:
-        """[rows, steps] each, of one tile of paths that were split."""
+        """[rows, steps] each, of one tile."""
         length = tile.num_steps
         steps = jax.tree.map(
             lambda column: jax.lax.dynamic_slice_in_dim(column, start, length),
@@ -170,7 +169,7 @@ def _densities(sampler, tile, params, paths, condition) -> Densities:
         )
         states = (cut(a, number, start, length + 1) for a in (paths.xs, paths.scores))
         if condition is not None:
-            condition = jax.lax.dynamic_index_in_dim(condition, number, 1, False)
+            condition = condition[number]
         of_rows = jax.vmap(sampler.densities, in_axes=(None, None, 0, 0, 0))
         return of_rows(params, steps, *states, condition)
 
@@ -178,10 +177,9 @@ def _densities(sampler, tile, params, paths, condition) -> Densities:
         """The last tile is as long as the others and begins within its neighbour."""
         return jnp.minimum(begin, num_steps - tile.num_steps)
 
-    def forward(params, paths, condition):
-        if paths.densities is not None:
-            return paths.densities
-        paths, condition = split((paths, condition))
+    def values(params, paths, condition):
+        num_rows = paths.energy.shape[0]
+        (paths, condition), index = tiles_of((paths, condition))
 
         def add(found, number_and_begin):
             number, begin = number_and_begin
@@ -189,17 +187,16 @@ def _densities(sampler, tile, params, paths, condition) -> Densities:
             here = evaluate(params, paths, condition, number, start)
             put = jax.lax.dynamic_update_slice
             return jax.tree.map(
-                lambda a, b: put(a, b[:, None], (0, number, start)), found, here
+                lambda a, b: put(a, b[None], (number, 0, start)), found, here
             ), None
 
-        shape = tile.num_rows, num_tiles, num_steps
+        shape = num_rows // tile.num_rows, tile.num_rows, num_steps
         empty = Densities(*(jnp.zeros(shape, paths.xs.dtype) for _ in range(3)))
         found, _ = jax.lax.scan(add, empty, index)
         return jax.tree.map(lambda a: a.reshape(num_rows, num_steps), found)
 
-    def backward(saved, slopes):
-        params, paths, condition = saved
-        paths, condition, slopes = split((paths, condition, tuple(slopes[:2])))
+    def gradient(params, paths, condition, slopes):
+        (paths, condition, slopes), index = tiles_of((paths, condition, slopes))
 
         def add(total, number_and_begin):
             number, begin = number_and_begin
@@ -213,10 +210,27 @@ def _densities(sampler, tile, params, paths, condition) -> Densities:
             return jax.tree.map(jnp.add, total, gradient), None
 
         nothing = jax.tree.map(jnp.zeros_like, params)
-        return jax.lax.scan(add, nothing, index)[0], None, None
+        total = jax.lax.scan(add, nothing, index)[0]
+        return total if mesh is None else meshes.total(mesh, total)
 
-    if len(index) == 1 and paths.densities is None:  # what it keeps fits
-        return forward(params, paths, condition)
-    values = jax.custom_vjp(forward)
-    values.defvjp(lambda *inputs: (forward(*inputs), inputs), backward)
-    return values(params, paths, condition)
+    known, paths = paths.densities, paths._replace(densities=None)
+    one_tile = tile == (paths.energy.shape[0], num_steps)
+    if one_tile and known is None:  # what it keeps fits
+        return values(params, paths, condition)
+    if mesh is not None:
+        values = meshes.by_device(mesh, values, whole=1, spread=2)
+        gradient = meshes.by_device(mesh, gradient, whole=1, spread=3, out_whole=True)
+
+    def forward(params, known, paths, condition):
+        return values(params, paths, condition) if known is None else known
+
+    def keep(params, known, paths, condition):
+        found = forward(params, known, paths, condition)
+        return found, (params, paths, condition)
+
+    def backward(saved, slopes):
+        return gradient(*saved, tuple(slopes[:2])), None, None, None
+
+    run = jax.custom_vjp(forward)
+    run.defvjp(keep, backward)
+    return run(params, known, paths, condition)

@@ -220,7 +220,7 @@ def batch_loss(
     *,
     keys: tuple[Key, Key],
     count: Array,
-    memory: int | None = None,
+    memory_budget: int | None = None,
     mesh: Mesh | None = None,
 ) -> tuple[Array, tuple[Proposal, Trajectory, Any, dict[str, Any], Array]]:
     """The loss of one batch of paths; to be differentiated.
@@ -235,7 +235,7 @@ def batch_loss(
         request: conditions and groups of the rows.
         keys: for paths that are simulated here, and for the objective; consumed.
         count: updates done before, [].
-        memory: bytes for scoring a piece of all paths (`scoring`).
+        memory_budget: bytes for scoring a tile of the paths (`scoring`).
         mesh: devices over which the paths are spread, or None.
 
     Returns:
@@ -253,16 +253,35 @@ def batch_loss(
         rollouts, paths = roll(params["sampler"], each, energy, condition)
         proposal = common.proposal(paths, simulated=True, on_policy=True)
     trajectories, outside = scoring.score_paths(
-        sampler, params["sampler"], proposal.paths, condition, memory=memory, mesh=mesh
+        sampler,
+        params["sampler"],
+        proposal.paths,
+        condition,
+        memory_budget=memory_budget,
+        mesh=mesh,
     )
+    # From here on parameters may be others than those they are of.
+    proposal = common.without_densities(proposal)
+    scored = proposal, trajectories, rollouts
     batch = _batch(
-        sampler, energy, request, for_loss, count, proposal, trajectories, rollouts
+        sampler, energy, request, for_loss, count, *scored, memory_budget, mesh
     )
     value, extra = objective.loss(params, objective_state, batch)
     return value, (proposal, trajectories, rollouts, extra, jnp.mean(outside))
 
 
-def _batch(sampler, energy, request, key, count, proposal, trajectories, rollouts):
+def _batch(
+    sampler,
+    energy,
+    request,
+    key,
+    count,
+    proposal,
+    trajectories,
+    rollouts,
+    memory_budget,
+    mesh,
+):
     return Batch(
         trajectories=trajectories,
         rollouts=rollouts,
@@ -276,6 +295,8 @@ def _batch(sampler, energy, request, key, count, proposal, trajectories, rollout
         sampler=sampler,
         energy=energy,
         anchor=proposal.anchor,
+        memory_budget=memory_budget,
+        mesh=mesh,
     )
 
 
@@ -329,7 +350,7 @@ def step(
             request,
             keys=(for_paths, for_loss),
             count=state.count,
-            memory=recipe.memory_budget,
+            memory_budget=recipe.memory_budget,
             mesh=recipe.mesh,
         )
 
@@ -345,9 +366,8 @@ def step(
         updates = jax.tree.map(lambda u: u * jnp.asarray(factor, u.dtype), updates)
     params: Any = optax.apply_updates(state.params, updates)
     average = _average(recipe.ema_decay, state, params["sampler"])
-    batch = _batch(
-        sampler, energy, request, for_loss, state.count, own, trajectories, rollouts
-    )
+    scored = own, trajectories, rollouts, recipe.memory_budget, recipe.mesh
+    batch = _batch(sampler, energy, request, for_loss, state.count, *scored)
     objective_state = objective.update(params, state.objective_state, batch)
     kept = jax.tree.map(
         lambda new, old: jnp.where(good, new, old),
@@ -466,7 +486,7 @@ def fit(
     Raises:
         ValueError: for an energy that fails or is non-finite wherever the sampler
             starts, a batch size below 2 or one that the mesh does not divide, a memory
-            budget too small for one step of all paths, conditions of a wrong shape, or
+            budget too small for one step of one path, conditions of a wrong shape, or
             an objective the behaviour cannot serve.
         TrainingDiverged: after ``max_skipped_in_a_row`` skipped updates in a row; the
             exception carries the last good state.
@@ -492,7 +512,8 @@ def fit(
     _check_parts(sampler, objective, behaviour, batch_size)
     meshes.check_divides("batch_size", batch_size, mesh)
     law = _as_conditions(conditions, sampler, paths_per_condition, batch_size)
-    _check_energy(sampler, energy, law)
+    _check_energy(sampler, objective, energy, law)
+    _check_memory(sampler, memory_budget)
     limits = num_updates, max_seconds, max_energy_evaluations
     _check_budget(*limits, updates_per_chunk, checkpoint)
     if num_updates is None and max_seconds is None and max_energy_evaluations is None:
@@ -519,7 +540,14 @@ def fit(
             lambda k: init(k, recipe, energy, params, law)[0], init_key
         )
         state = progress.read(checkpoint, recipe, shapes)
-    elif state is None:
+    if checkpoint is not None:
+        meshes.check_agreed(
+            mesh,
+            (resumed, int(state.count) if state is not None else 0),
+            f"the processes that share a mesh do not find the same file at {checkpoint}"
+            ": put it on a disk that all of them see",
+        )
+    if state is None:
         progress.add_pilot(_check_start(pilot_key, sampler, params, energy, law))
         state, cost = init(init_key, recipe, energy, params, law)
         progress.add_cost(cost)
@@ -629,6 +657,7 @@ def fit(
     finally:
         bar.close()
         keep(last_good)
+    meshes.wait_for_others(mesh)  # the file is written when any of them goes on
     return result(state, stopped_by)
 
 
@@ -1028,11 +1057,23 @@ def _pilot(key, sampler, params, energy, conditions):
     return batching.pilot(key, sampler, params, energy, drawn)
 
 
-def _check_energy(sampler, energy, conditions) -> None:
+def _check_energy(sampler, objective, energy, conditions) -> None:
     condition = None
     if conditions is not None:
         condition = conditions(jax.random.key(0), 1)[0]
-    sampler.check_energy(energy, condition)
+    gradient = objective.requires.simulation_gradient
+    sampler.check_energy(energy, condition, gradient=gradient)
+
+
+def _check_memory(sampler, memory_budget) -> None:
+    if memory_budget is None:
+        return
+    if not isinstance(memory_budget, int | np.integer):
+        raise ValueError(
+            f"memory_budget must be an int, a number of bytes, got {memory_budget!r}"
+        )
+    params = jax.eval_shape(sampler.init, jax.random.key(0))
+    scoring.tile_within(sampler, params, 1, memory_budget)
 
 
 def _check_budget(

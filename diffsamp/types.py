@@ -215,6 +215,8 @@ class Batch(NamedTuple):
         sampler: the sampler.
         energy: the energy.
         anchor: from behaviours that provide it, or None.
+        memory_budget: bytes that scoring further paths may take, or None (`scoring`).
+        mesh: devices over which rows are spread, or None.
     """
 
     trajectories: Trajectory
@@ -229,6 +231,8 @@ class Batch(NamedTuple):
     sampler: Any
     energy: Energy
     anchor: Anchor | None = None
+    memory_budget: int | None = None
+    mesh: Any = None
 
 
 class Objective(NamedTuple):

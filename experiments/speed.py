@@ -263,7 +263,7 @@ def two_passes(cell, sampler, target):
     @jax.jit
     @jax.grad
     def gradient(params, paths):
-        scored, _ = scoring.score_paths(sampler, params, paths, memory=memory)
+        scored, _ = scoring.score_paths(sampler, params, paths, memory_budget=memory)
         return jnp.var(scored.log_weight)
 
     paths = simulate(params, keys)

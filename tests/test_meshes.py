@@ -4,6 +4,7 @@ The number of devices of a process is fixed when JAX starts, so programs run in
 processes of their own. Each prints its results as one line of JSON.
 """
 
+import hashlib
 import json
 import os
 import pathlib
@@ -46,8 +47,8 @@ COMMON = textwrap.dedent(
             jax.random.key(1), sampler, params, target.energy, 3_000, mesh=mesh,
             probe=target.sample(jax.random.key(2), 300),
         )
-        weights = draws.log_weight.tolist()
-        return [draws.x.tolist(), weights, draws.diagnostics.missing_mass]
+        bits = draws.x.tobytes() + draws.log_weight.tobytes()
+        return [hashlib.sha256(bits).hexdigest(), draws.diagnostics.missing_mass]
     """
 )
 
@@ -55,16 +56,28 @@ COMMON = textwrap.dedent(
 @pytest.fixture(scope="module")
 def loss_alone():
     """Losses of the same training on one device, [4]."""
-    found = {"jax": jax, "ds": ds}
-    exec(compile(COMMON, "common", "exec"), found)
+    return _common()["fit"](None).metrics["loss"]
+
+
+@pytest.fixture(scope="module")
+def own_loss_alone():
+    """The same of training on own paths alone."""
+    found = _common()
+    found["behaviour"] = ds.behaviours.on_policy()
     return found["fit"](None).metrics["loss"]
+
+
+def _common():
+    found = {"jax": jax, "ds": ds, "hashlib": hashlib}
+    exec(compile(COMMON, "common", "exec"), found)
+    return found
 
 
 class _Program:
     """A Python process that has COMMON, and the line it prints."""
 
     def __init__(self, code, before="", **environment):
-        parts = "import json, os, jax, diffsamp as ds", before, COMMON, code
+        parts = "import hashlib, json, os, jax, diffsamp as ds", before, COMMON, code
         environment.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
         self.process = subprocess.Popen(
             [sys.executable, "-c", "\n".join(map(textwrap.dedent, parts))],
@@ -87,28 +100,40 @@ class _Program:
         return json.loads(out.splitlines()[-1])
 
 
-def test_the_same_on_one_two_and_eight_devices(loss_alone, tmp_path):
+@pytest.mark.parametrize(
+    "optimised", [False, pytest.param(True, marks=pytest.mark.slow)]
+)
+def test_the_same_on_one_two_and_eight_devices(own_loss_alone, tmp_path, optimised):
+    """Own paths, whose densities are known, scored in tiles."""
     code = """
-        path = os.environ["FILE"]
-        eight = fit(mesh_of(8), 2, checkpoint=path)
-        two = fit(mesh_of(2), checkpoint=path)
+        path, behaviour = os.environ["FILE"], ds.behaviours.on_policy()
+        params = jax.eval_shape(sampler.init, jax.random.key(0))
+        each = ds.scoring.bytes_per_step(sampler, params)
+        tiles = [ds.scoring.tile_within(sampler, params, n, k * each)
+                 for n, k in ((2, 1), (8, 5))]
+        eight = fit(mesh_of(8), 2, checkpoint=path, memory_budget=each)
+        two = fit(mesh_of(2), checkpoint=path, memory_budget=5 * each)
         print(json.dumps({
             "devices": [len(r.state.count.sharding.device_set) for r in (eight, two)],
             "counts": [r.num_network_evaluations for r in (eight, two)],
             "loss": two.metrics["loss"].tolist(),
-            "draws": [draw(two.params, mesh_of(n)) for n in (1, 2, 8)],
+            "draws": [draw(two.params, m) for m in (None, *map(mesh_of, (1, 2, 8)))],
+            "tiles": tiles,
         }))
         """
-    file = str(tmp_path / "run")
-    with _Program(code, XLA_FLAGS=f"{DEVICES}8", FILE=file) as program:
+    settings = {"XLA_FLAGS": f"{DEVICES}8", "FILE": str(tmp_path / "run")}
+    settings["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "0" if optimised else "1"
+    with _Program(code, **settings) as program:
         found = program.result()
+    assert found["tiles"] == [[1, 1], [4, 1]]  # rows on each device, and steps
     assert found["devices"] == [8, 2]
     assert np.diff(found["counts"]) == 2 * 16 * 4 * 2  # passes, rows, steps, updates
-    np.testing.assert_allclose(found["loss"], loss_alone, rtol=1e-4)
-    one, two, eight = found["draws"]
-    assert one == two == eight  # bit by bit
+    np.testing.assert_allclose(found["loss"], own_loss_alone, rtol=1e-4)
+    none, one, two, eight = found["draws"]
+    assert none == one == two == eight  # bit by bit
 
 
+@pytest.mark.slow
 def test_two_processes_on_the_loopback_interface(loss_alone, tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -24,7 +24,6 @@ import jax.numpy as jnp
 from jax.scipy.special import logsumexp
 
 from diffsamp.behaviours.common import num_rows, proposal, simulate
-from diffsamp.scoring import score_paths
 from diffsamp.types import (
     Anchor,
     Array,
@@ -96,7 +95,7 @@ def trust_region(
     def begin(key, sampler, params, energy, num_rounds):
         request = Request(jnp.zeros((num_paths, 0)), jnp.zeros((num_paths,), jnp.int32))
         paths = simulate(key, sampler, params, energy, request)
-        scored, _ = score_paths(sampler, params, paths)
+        scored = jax.vmap(sampler.with_densities)(paths, paths.densities)
         paths = paths._replace(densities=None)  # parameters move on within a round
         exponent, divergence = largest_exponent(scored.log_weight, max_divergence)
         return TrustRegionState(
@@ -113,7 +112,7 @@ def trust_region(
         return Cost(
             num_paths * per_path.energy,
             num_paths * per_path.gradient,
-            2 * num_paths * per_path.network,  # to simulate and to score
+            num_paths * per_path.network,
         )
 
     def init(key, sampler, params, energy):

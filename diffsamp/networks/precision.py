@@ -87,7 +87,9 @@ def reduced_precision(
 def _dense(layer: nn.Dense, x: Array, algorithm: Algorithm) -> Array:
     kernel = layer.get_variable("params", "kernel")
     left, precision = x, algorithm
-    if algorithm == Algorithm.BF16_BF16_F32:  # a CPU would accept and not round
+    if algorithm == Algorithm.BF16_BF16_F32 and jax.default_backend() == "cpu":
+        # It would accept the algorithm and not round. Gradients are products of one
+        # factor that is rounded and one that is not; elsewhere of two that are.
         left, kernel = (a.astype(jax.numpy.bfloat16) for a in (x, kernel))
         precision = None
     out = jax.lax.dot_general(

@@ -90,7 +90,14 @@ def _loss_at(num_steps, objective, params, state, batch: Batch):
         return jnp.where(batch.on_policy.reshape((size,) + (1,) * (a.ndim - 1)), a, b)
 
     paths = jax.tree.map(choose, drawn._replace(densities=None), traced)
-    trajectories, _ = score_paths(sampler, live, paths, condition)
+    trajectories, _ = score_paths(
+        sampler,
+        live,
+        paths,
+        condition,
+        memory_budget=batch.memory_budget,
+        mesh=batch.mesh,
+    )
     own = batch._replace(
         trajectories=trajectories,
         rollouts=None,

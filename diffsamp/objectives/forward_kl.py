@@ -71,7 +71,13 @@ def forward_kl(draws: Array | None = None) -> Objective:
             points[index],
             batch.energy,
         )
-        trajectories, _ = score_paths(batch.sampler, params["sampler"], paths)
+        trajectories, _ = score_paths(
+            batch.sampler,
+            params["sampler"],
+            paths,
+            memory_budget=batch.memory_budget,
+            mesh=batch.mesh,
+        )
         rows = jnp.ones((batch_size,), bool)
         loss = _negative_log_likelihood(trajectories, rows)
         price = batch.sampler.evaluations_per_path

@@ -75,9 +75,15 @@ def target_copy(
     def loss(params, state, batch):
         copy, inner = state
         condition = batch.condition if batch.condition.shape[-1] else None
-        paths = batch.paths._replace(densities=None)  # they are of other parameters
         copy = jax.lax.stop_gradient(copy)
-        copied, _ = score_paths(batch.sampler, copy, paths, condition)
+        copied, _ = score_paths(
+            batch.sampler,
+            copy,
+            batch.paths,
+            condition,
+            memory_budget=batch.memory_budget,
+            mesh=batch.mesh,
+        )
         live = batch.trajectories
         if generation:
             kernels = copied.log_generation, live.log_destruction

@@ -15,6 +15,7 @@ def check_teacher(teacher: Sampler, params: Params) -> None:
     """Raises where a sampler cannot teach: it has no flow, or was never trained."""
     teacher.check_flow()
     control = teacher.generation
+    control = getattr(control, "network", control)  # of a `ReducedPrecision`
     if not isinstance(control, LinenControl) or teacher.backbone is not None:
         return
     # The last layer starts at zero: without training the draw of the rest of the
