@@ -90,9 +90,9 @@ def check_energy(
         out = jax.eval_shape(energy, point)
     except jax.errors.JAXTypeError as error:
         raise ValueError(
-            "energy does something with its point that JAX cannot trace "
-            f"({type(error).__name__}: {str(error).splitlines()[0]}). Write it with "
-            "jax.numpy; or call code that is not JAX's by jax.pure_callback, with its "
+            f"energy failed on one point of shape [{dim}]: it does what JAX cannot "
+            f"trace ({type(error).__name__}: {str(error).splitlines()[0]}). Write it "
+            "with jax.numpy; or call code that is not JAX's by jax.pure_callback, with its "
             "gradient by jax.custom_jvp, or with none and a network that sees none, "
             "ds.networks.free()"
         ) from error

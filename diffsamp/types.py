@@ -50,7 +50,7 @@ class Densities(NamedTuple):
 
 
 class Path(NamedTuple):
-    """A simulated path before it is scored.
+    """A simulated path, and what its simulation found.
 
     Attributes:
         xs: states from reference to target, [K+1, D].

@@ -43,7 +43,7 @@ MAY_IMPORT = {
     # the machine that simulates and scores
     "processes": STATIC,
     "sampler": STATIC | {"processes"},
-    "scoring": LOW,
+    "scoring": LOW | {"meshes"},
     "meshes": set(),
     "batching": STATIC | {"sampler", "deterministic", "meshes"},
     "deterministic": STATIC | {"sampler", "solvers"},

@@ -67,16 +67,14 @@ def _check_sampler(name):
     assert tile_within(sampler, params, ROWS, few) == tile
     assert tile_within(sampler, params, ROWS, many) == Tile(6, 2)
     unknown = paths._replace(densities=None)
-    for given, memory in ((paths, few), (paths, many), (unknown, few), (unknown, many)):
+    for given, memory in ((paths, few), (unknown, many)):
         found = loss_of(
             lambda p, g=given, m=memory: score_paths(sampler, p, g, memory_budget=m)[0]
         )
         _assert_same(found, expected)
 
 
-@pytest.mark.parametrize(
-    "name", mostly_slow(SAMPLERS, "pis", "gbs", "dis_shared", "scds_tied")
-)
+@pytest.mark.parametrize("name", mostly_slow(SAMPLERS, "pis", "dis_shared"))
 def test_the_gradient_is_the_naive_one(name):
     _check_sampler(name)
 
@@ -129,7 +127,7 @@ DETACHED = [
 ]
 
 
-@pytest.mark.parametrize("name", mostly_slow(DETACHED, "log_variance", "target_copy"))
+@pytest.mark.parametrize("name", mostly_slow(DETACHED, "target_copy"))
 def test_every_objective_has_the_naive_gradient(name):
     _check_objective(name)
 
