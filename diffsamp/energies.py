@@ -93,8 +93,8 @@ def check_energy(
             f"energy failed on one point of shape [{dim}]: it does what JAX cannot "
             f"trace ({type(error).__name__}: {str(error).splitlines()[0]}). Write it "
             "with jax.numpy; or call code that is not JAX's by jax.pure_callback, with "
-            "its gradient by jax.custom_jvp, or with none and a network that sees none, "
-            "ds.networks.free()"
+            "its gradient by jax.custom_jvp, or with none and a network that sees "
+            "none, ds.networks.free()"
         ) from error
     except Exception as error:
         raise ValueError(
