@@ -715,12 +715,17 @@ def _table_of_precision(rows):
             for n in ("float32", "bfloat16")
         ]
         errors = [
-            f"{r[n + '_log_z_error']:+.3f} ± {r[n + '_log_z_standard_error']:.3f}"
+            f"{r[n + '_log_z_error']:+.3f} ± "
+            + _number(r[n + "_log_z_standard_error"])  # JSON knows no infinity
             for n in ("float32", "bfloat16")
         ]
         lines.append((r["target"], r["seed"], *gaps, *errors))
     header = "target,seed,ELBO gap float32,bfloat16,log Z error float32,bfloat16"
     _print_table("Products in bfloat16", header.split(","), lines)
+
+
+def _number(value):
+    return "inf" if value is None else f"{value:.3f}"
 
 
 def _table_of_draws(rows):
