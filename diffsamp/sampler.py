@@ -378,14 +378,7 @@ class Sampler:
                 every generation step, in unit coordinates.
         """
         params = jax.lax.stop_gradient(params)
-        run = self._run(
-            params,
-            key,
-            energy,
-            condition,
-            keep=True,
-            extra_std=extra_std,
-        )
+        run = self._run(params, key, energy, condition, keep=True, extra_std=extra_std)
         return run.path._replace(densities=run.densities)
 
     def trace_path(
@@ -568,19 +561,8 @@ class Sampler:
             scores: what the networks see of the energy there, [C+1, D] or [C+1, 0].
             condition: [condition_dim], or None.
         """
-        ys = self.unit(xs)
-        times = jnp.concatenate([steps.time, steps.next_time[-1:]])
-        features = jax.vmap(lambda y, t: self._features(params, y, t, condition))
-        seen = _Seen(scores, features(ys, times))
-        now, later = (jax.tree.map(lambda a, s=s: a[s], (ys, seen)) for s in _ENDS)
-
-        def one(step, now, later):
-            (y, seen), (y_next, seen_next) = now, later
-            generation = self._generate(params, step, y, seen, condition)
-            destruction = self._destroy(params, step, y_next, seen_next, condition)
-            return self._densities(y, y_next, generation, destruction)
-
-        return jax.vmap(one)(steps, now, later)
+        states = xs, scores, condition
+        return self._of_steps(self._densities, params, steps, *states)
 
     def with_densities(self, path: Path, densities: Densities) -> Trajectory:
         """The trajectory that a path and the densities of its steps make."""
@@ -594,20 +576,13 @@ class Sampler:
 
         0 for the transition out of a point mass, where there is no such ratio.
         """
-        ys, steps = self.unit(path.xs), self.steps()
-        times = jnp.concatenate([steps.time, steps.next_time[-1:]])
 
-        def one(step, y, y_next, score, score_next, time, time_next):
-            seen, seen_next = (
-                _Seen(s, self._features(params, y, t, condition))
-                for y, t, s in ((y, time, score), (y_next, time_next, score_next))
-            )
-            _, generation = self._generate(params, step, y, seen, condition)
-            _, destruction = self._destroy(params, step, y_next, seen_next, condition)
-            return _log_variance_ratio(self.dim, generation, destruction)
+        def ratio(y, y_next, generation, destruction):
+            del y, y_next
+            return _log_variance_ratio(self.dim, generation[1], destruction[1])
 
-        pairs = (a[s] for a in (ys, path.scores, times) for s in _ENDS)
-        return jax.vmap(one)(steps, *pairs)
+        states = path.xs, path.scores, condition
+        return self._of_steps(ratio, params, self.steps(), *states)
 
     def final(
         self, params: Params, key: Key, energy: Energy, condition: Array | None = None
@@ -710,6 +685,25 @@ class Sampler:
         """In standard deviations of the reference's kernel."""
         shift = control.astype(self._dtype) * step.shift_scale
         return shift if bounds.shift is None else _within(shift, bounds.shift)
+
+    def _of_steps(self, function, params, steps: Step, xs, scores, condition):
+        """``function(y, y_next, generation, destruction)`` of steps in a row.
+
+        Both kernels are given by mean and standard deviation.
+        """
+        ys = self.unit(xs)
+        times = jnp.concatenate([steps.time, steps.next_time[-1:]])
+        features = jax.vmap(lambda y, t: self._features(params, y, t, condition))
+        seen = _Seen(scores, features(ys, times))
+        now, later = (jax.tree.map(lambda a, s=s: a[s], (ys, seen)) for s in _ENDS)
+
+        def one(step, now, later):
+            (y, seen), (y_next, seen_next) = now, later
+            generation = self._generate(params, step, y, seen, condition)
+            destruction = self._destroy(params, step, y_next, seen_next, condition)
+            return function(y, y_next, generation, destruction)
+
+        return jax.vmap(one)(steps, now, later)
 
     def _densities(self, y, y_next, generation, destruction) -> Densities:
         """Of one step with these kernels, each a mean and a standard deviation."""

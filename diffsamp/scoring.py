@@ -229,7 +229,9 @@ def _densities(sampler, tile, mesh, params, paths, condition) -> Densities:
         return found, (params, paths, condition)
 
     def backward(saved, slopes):
-        return gradient(*saved, tuple(slopes[:2])), None, None, None
+        params, paths, condition = saved
+        slope = gradient(params, paths, condition, tuple(slopes[:2]))
+        return slope, None, None, None
 
     run = jax.custom_vjp(forward)
     run.defvjp(keep, backward)

@@ -1073,7 +1073,7 @@ def _check_memory(sampler, memory_budget) -> None:
             f"memory_budget must be an int, a number of bytes, got {memory_budget!r}"
         )
     params = jax.eval_shape(sampler.init, jax.random.key(0))
-    scoring.tile_within(sampler, params, 1, memory_budget)
+    scoring.tile_within(sampler, params, 1, int(memory_budget))
 
 
 def _check_budget(

@@ -536,10 +536,11 @@ def cells_of(args):
 def run(args):
     """Measures every cell that is not in the file yet, each in a new process."""
     rows = [row for row in read(args.out) if row["command"] == args.command]
-    done = {row["cell"] for row in rows}
+    done = {(row["cell"], row["cores"]) for row in rows}
+    cores = len(os.sched_getaffinity(0))
     for cell in cells_of(args):
         name = json.dumps(cell, sort_keys=True)
-        if name in done:
+        if (name, cores) in done:
             continue
         command = [sys.executable, __file__, "cell", args.command, name]
         command += ["--seconds", str(args.seconds)]
@@ -549,7 +550,6 @@ def run(args):
             print(name, "failed:", child.stderr[-2_000:], file=sys.stderr)
             continue
         found = json.loads(child.stdout.splitlines()[-1])
-        cores = len(os.sched_getaffinity(0))
         row = {"command": args.command, "cell": name, "cores": cores, **found}
         append(args.out, row)
         shown = {
@@ -807,7 +807,8 @@ def parse():
     for name in MEASURES:
         one = commands.add_parser(name)
         one.add_argument("--out", type=pathlib.Path, default=default)
-        one.add_argument("--seconds", type=float, default=6.0)
+        seconds = 120.0 if name == "quality" else 6.0  # of training, or of measuring
+        one.add_argument("--seconds", type=float, default=seconds)
         names = list(QUALITY if name == "quality" else TARGETS)
         one.add_argument("--targets", nargs="+", default=names, choices=names)
         objectives = list(OBJECTIVES)
@@ -821,7 +822,10 @@ def parse():
         networks = ("guided", "vsm", "sde", "gfn")
         one.add_argument("--network", default="guided", choices=networks)
         one.add_argument("--bfloat16", action="store_true")
-        add_mesh_option(one)
+        if name in ("updates", "draws"):
+            add_mesh_option(one)
+        else:
+            one.set_defaults(mesh=None)
         if name == "updates":
             one.add_argument("--peers", action="store_true")
         if name == "scoring":
