@@ -93,8 +93,9 @@ class FitResult(NamedTuple):
         num_energy_evaluations: energies evaluated alone, pilots included; these three
             counts are of this call, and of all calls that a checkpoint holds.
         num_gradient_evaluations: energies evaluated with their gradient.
-        num_network_evaluations: control evaluations in simulating and scoring, and
-            those of objectives and behaviours of their own.
+        num_network_evaluations: control evaluations to simulate and to differentiate
+            every path, and those of objectives and behaviours of their own. What is
+            computed again to save memory is not counted.
         num_skipped: updates skipped for a non-finite loss or gradient.
         seconds: wall time, compilation included.
         compile_seconds: of it, spent before the first update: pilots and compilation.
@@ -426,6 +427,7 @@ def fit(
     paths_per_condition: int = 8,
     memory_budget: int | None = None,
     mesh: Mesh | None = None,
+    donate_state: bool = False,
     params: Params | None = None,
     state: TrainState | None = None,
     checkpoint: str | os.PathLike | None = None,
@@ -464,6 +466,9 @@ def fit(
         mesh: devices to spread the rows of every batch over; it must divide batch_size.
             Parameters and buffers are whole on each. Results do not depend on it but
             for rounding, and a checkpoint may be resumed on another number of devices.
+        donate_state: whether updates write over the state they start from, which
+            otherwise exists twice: what large buffers need. An interrupt or exception
+            in the middle of a chunk then has nothing to give back but the checkpoint.
         params: parameters to start from (warm start).
         state: state to go on from (continued fitting).
         checkpoint: file to write to; if it exists, the run it holds is resumed in place
@@ -481,7 +486,8 @@ def fit(
         progress_bar: whether to show one; never shown where CI is set.
 
     Returns:
-        A `FitResult`. An interrupt from the keyboard returns the state so far.
+        A `FitResult`. An interrupt from the keyboard returns the state so far, unless
+        that was donated: then it is raised.
 
     Raises:
         ValueError: for an energy that fails or is non-finite wherever the sampler
@@ -554,9 +560,12 @@ def fit(
     if not resumed:
         progress.first = int(state.count)
     state, energy, law = meshes.put_everywhere(mesh, (state, energy, law))
+    if donate_state:
+        state = _copy(state)  # the caller's arrays stay
     total = None if num_updates is None else progress.first + num_updates
 
-    chunk = functools.partial(_chunk, recipe.begun, updates_per_chunk or MAX_CHUNK)
+    chunk = _chunk_in_place if donate_state else _chunk
+    chunk = functools.partial(chunk, recipe.begun, updates_per_chunk or MAX_CHUNK)
     total_or_never = np.float32(np.inf if num_updates is None else num_updates)
     first = np.int32(progress.first)
 
@@ -581,7 +590,8 @@ def fit(
 
     ready = begin
     if total is None or int(state.count) < total:
-        jax.block_until_ready(run(state, 0, 0.0))
+        state = run(state, 0, 0.0)[0]
+        jax.block_until_ready(state)
     ready = last_write = time.perf_counter()
     per_update = None
     stopped_by, last_good = "num_updates", state
@@ -649,14 +659,18 @@ def fit(
                     stopped_by = "callback"
                     break
     except KeyboardInterrupt:
+        if _is_gone(last_good):
+            raise
         stopped_by, state = "interrupt", last_good
     except Exception as error:
-        vars(error)["fit_result"] = result(last_good, "exception")
-        error.add_note("What was trained so far is in this exception's .fit_result")
+        if not _is_gone(last_good):
+            vars(error)["fit_result"] = result(last_good, "exception")
+            error.add_note("What was trained so far is in this exception's .fit_result")
         raise
     finally:
         bar.close()
-        keep(last_good)
+        if not _is_gone(last_good):
+            keep(last_good)
     meshes.wait_for_others(mesh)  # the file is written when any of them goes on
     return result(state, stopped_by)
 
@@ -691,8 +705,7 @@ def param_labels(params: Params) -> Params:
     return jax.tree_util.tree_map_with_path(label, params)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _chunk(recipe, length, state, energy, conditions, num, total, first, share):
+def _updates(recipe, length, state, energy, conditions, num, total, first, share):
     """``num <= length`` updates in one compiled call; ``num`` is dynamic."""
 
     def progress(state):
@@ -715,6 +728,19 @@ def _chunk(recipe, length, state, energy, conditions, num, total, first, share):
     return jax.lax.fori_loop(0, num, body, (state, store, none))
 
 
+_chunk = jax.jit(_updates, static_argnums=(0, 1))
+_chunk_in_place = jax.jit(_updates, static_argnums=(0, 1), donate_argnums=2)
+
+
+def _copy(state: TrainState) -> TrainState:
+    return jax.tree.map(jnp.copy, state)
+
+
+def _is_gone(state: TrainState) -> bool:
+    """Whether updates that were not finished have written over it."""
+    return state.count.is_deleted()
+
+
 class _Progress:
     """Host-side counts and history of one run, and their checkpoint."""
 
@@ -722,8 +748,8 @@ class _Progress:
         self.price = price = recipe.sampler.evaluations_per_path
         if recipe.objective.requires.simulation_gradient:  # energies are differentiated
             price = Evaluations(0, price.energy + price.gradient, price.network)
-        self.network_passes = 2  # to simulate or trace back, and to score
-        if recipe.behaviour.provides.anchor:  # only to score; its paths are stored
+        self.network_passes = 2  # to simulate or trace back, and to differentiate
+        if recipe.behaviour.provides.anchor:  # the second only; its paths are stored
             price, self.network_passes = Evaluations(0, 0, price.network), 1
         self.training_price = price
         self.batch_size = recipe.batch_size

@@ -139,6 +139,25 @@ def test_the_same_on_any_number_of_devices(own_loss_alone, tmp_path, sizes, opti
 
 
 @pytest.mark.slow
+def test_a_report_is_the_same_on_many_devices():
+    code = """
+        params = sampler.init(jax.random.key(0))
+        reports = [
+            ds.evaluate(
+                jax.random.key(3), sampler, params, target, num_draws=1_000,
+                sinkhorn=False, mesh=mesh,
+            )
+            for mesh in (None, mesh_of(8))
+        ]
+        names = "elbo", "eubo", "log_z", "ess", "w2", "mode_tv"
+        print(json.dumps([[float(r[name]) for name in names] for r in reports]))
+        """
+    with _Program(code, XLA_FLAGS=f"{DEVICES}8") as program:
+        alone, spread = program.result()
+    np.testing.assert_array_equal(alone, spread)
+
+
+@pytest.mark.slow
 def test_two_processes_on_the_loopback_interface(loss_alone, tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -207,3 +226,5 @@ def test_something_that_is_no_mesh():
         ds.fit(key, sampler, ds.objectives.log_variance(), energy, mesh=2)
     with no_mesh:
         ds.draw(key, sampler, sampler.init(key), energy, mesh=2)
+    with no_mesh:
+        ds.evaluate(key, sampler, sampler.init(key), ds.targets.gmm9(), mesh=2)

@@ -226,6 +226,39 @@ def test_interrupt_returns_the_state_so_far(base):
     assert_same(fit(6, state=result.state).params, base.params)
 
 
+@pytest.mark.parametrize("ema_decay", [0.99, None])
+def test_donated_states(ema_decay):
+    first = fit(8, donate_state=True, ema_decay=ema_decay)
+    second = fit(12, state=first.state, donate_state=True, ema_decay=ema_decay)
+    expected = fit(20, ema_decay=ema_decay)
+    assert_same(second.state, expected.state)
+    assert_same(second.params, expected.params)
+    again = fit(12, state=first.state, ema_decay=ema_decay)  # it is still there
+    assert_same(again.state, expected.state)
+
+
+def test_an_interrupt_within_donated_updates(base, tmp_path, monkeypatch):
+    given, chunk = [], ds.training._chunk_in_place
+
+    def interrupted(recipe, length, state, *rest):
+        given.append(state)
+        result = chunk(recipe, length, state, *rest)
+        if len(given) == 4:  # the first only compiles
+            raise KeyboardInterrupt
+        return result
+
+    options = {"checkpoint": tmp_path / "run", "checkpoint_seconds": 0.0}
+    options |= {"updates_per_chunk": 7, "donate_state": True}
+    with monkeypatch.context() as patch:
+        patch.setattr(ds.training, "_chunk_in_place", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            fit(20, **options)
+    assert all(leaf.is_deleted() for s in given for leaf in jax.tree.leaves(s))
+    resumed = fit(20, **options)
+    assert_same(resumed.state, base.state)
+    np.testing.assert_array_equal(resumed.metrics["loss"], base.metrics["loss"])
+
+
 def test_an_exception_carries_what_was_trained(base):
     class Pruned(Exception):
         pass
