@@ -47,6 +47,11 @@ TARGETS = {
     "manywell": (ds.targets.manywell, 2.0),
     "lgcp": (ds.targets.lgcp, 1.0),
 }
+GRID = tuple(TARGETS)
+TARGETS |= {  # one energy in many dimensions
+    f"manywell{dim}": (functools.partial(ds.targets.manywell, dim), 2.0)
+    for dim in (8, 128, 512)
+}
 OBJECTIVES = {
     "reverse_kl": ds.objectives.reverse_kl,
     "log_variance": ds.objectives.log_variance,
@@ -653,23 +658,46 @@ def _table_of_peers(rows, peer_file):
         _print_table("Workloads of other programs", header, lines)
 
 
+SCALING = {
+    "num_steps": "steps K",
+    "batch_size": "batch",
+    "dim": "dimension",
+    "num_devices": "devices",
+}
+
+
+def _series(rows, name):
+    """Groups of rows that differ in nothing but one number: {the others: rows}."""
+    same = ("family", "objective", "network", "width", "cores", *SCALING)
+    same = tuple(s for s in same if s != name)
+    if name == "num_devices":  # each with a core of its own
+        rows = [row for row in rows if row["cores"] == row["num_devices"]]
+        same = tuple(s for s in same if s != "cores")
+    groups = {}
+    for row in rows:
+        family = row["target"].rstrip("0123456789")
+        values = {**row, "family": family}
+        groups.setdefault(tuple((s, values[s]) for s in same), []).append(row)
+    groups = {g: sorted(m, key=lambda row: row[name]) for g, m in groups.items()}
+    return {g: m for g, m in groups.items() if m[0][name] < m[-1][name]}
+
+
+def _slope(members, name):
+    x = np.log([m[name] for m in members])
+    return np.polyfit(x, np.log([m["best_seconds"] for m in members]), 1)[0]
+
+
 def _slopes(rows):
-    """Log-log slopes of the time of an update in K and in the batch."""
-    lines = []
-    for name in ("num_steps", "batch_size"):
-        others = ("target", "objective", "num_steps", "batch_size", "cores")
-        others = [other for other in others if other != name]
-        groups = {}
-        for row in rows:
-            groups.setdefault(tuple(row[o] for o in others), []).append(row)
-        for group, members in groups.items():
-            x = np.log([m[name] for m in members])
-            y = np.log([m["best_seconds"] for m in members])
-            if len(set(x)) > 1:
-                slope = np.polyfit(x, y, 1)[0]
-                lines.append((name, *group[:2], *group[2:], f"{slope:.2f}"))
+    """Log-log slopes of the time of an update."""
+    lines, shown = [], ("objective", *SCALING)
+    for name in SCALING:
+        for group, members in _series(rows, name).items():
+            values = dict(group) | {name: ", ".join(str(m[name]) for m in members)}
+            cells = [values[s] for s in shown]
+            slope = f"{_slope(members, name):.2f}"
+            lines.append((SCALING[name], values["family"], *cells, slope))
     if lines:
-        header = ["in", "target", "objective", "at", "cores", "slope"]
+        header = ["in", "target", "objective", *SCALING.values(), "slope"]
         _print_table("Growth of the time of an update", header, lines)
 
 
@@ -773,29 +801,24 @@ def _table_of_quality(rows):
 
 
 def plot(args):
-    """Time of an update against K, batch and dimension."""
+    """Time of an update against steps, batch, dimension and devices."""
     import matplotlib.pyplot as plt
 
     rows = [row for file in args.files for row in read(file)]
     rows = [r for r in rows if r["command"] == "updates" and "workload" not in r]
-    axes_of = {"num_steps": "steps K", "batch_size": "batch", "dim": "dimension"}
-    figure, axes = plt.subplots(1, 3, figsize=(11, 3.4), sharey=True)
-    for axis, (name, label) in zip(axes, axes_of.items(), strict=True):
-        fixed = {"num_steps": 100, "batch_size": 512, "target": "manywell"}
-        fixed.pop("target" if name == "dim" else name)
-        for objective in OBJECTIVES:
-            some = [
-                r
-                for r in rows
-                if r["objective"] == objective
-                and all(r[k] == v for k, v in fixed.items())
-            ]
-            some.sort(key=lambda r: r[name])
-            times = [1e3 * r["best_seconds"] for r in some]
-            axis.loglog([r[name] for r in some], times, "o-", label=objective)
+    usual = {"num_steps": 100, "batch_size": 512, "dim": 32, "num_devices": 1}
+    figure, axes = plt.subplots(1, 4, figsize=(13, 3.4), sharey=True)
+    for axis, (name, label) in zip(axes, SCALING.items(), strict=True):
+        fixed = {k: v for k, v in usual.items() if k != name}.items()
+        for group, members in _series(rows, name).items():
+            if fixed <= dict(group).items():
+                times = [1e3 * m["best_seconds"] for m in members]
+                text = f"{dict(group)['objective']}, {_slope(members, name):.2f}"
+                axis.loglog([m[name] for m in members], times, "o-", label=text)
         axis.set_xlabel(label)
+        if axis.lines:
+            axis.legend(frameon=False, fontsize=8, title="slope", title_fontsize=8)
     axes[0].set_ylabel("ms per update")
-    axes[0].legend(frameon=False, fontsize=8)
     figure.tight_layout()
     figure.savefig(args.folder / "speed.png", dpi=120)
 
@@ -803,14 +826,15 @@ def plot(args):
 def parse():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    default = pathlib.Path("outputs/speed.jsonl")
+    file = pathlib.Path("outputs/speed.jsonl")
     for name in MEASURES:
         one = commands.add_parser(name)
-        one.add_argument("--out", type=pathlib.Path, default=default)
+        one.add_argument("--out", type=pathlib.Path, default=file)
         seconds = 120.0 if name == "quality" else 6.0  # of training, or of measuring
         one.add_argument("--seconds", type=float, default=seconds)
-        names = list(QUALITY if name == "quality" else TARGETS)
-        one.add_argument("--targets", nargs="+", default=names, choices=names)
+        names = QUALITY if name == "quality" else TARGETS
+        default = list(QUALITY if name == "quality" else GRID)
+        one.add_argument("--targets", nargs="+", default=default, choices=list(names))
         objectives = list(OBJECTIVES)
         one.add_argument("--objectives", nargs="+", default=objectives)
         steps = {"draws": [1, 5, 100], "scoring": [100], "profile": [100]}
@@ -843,7 +867,7 @@ def parse():
     cell.set_defaults(function=one_cell)
     for name, function in (("table", table), ("plot", plot)):
         one = commands.add_parser(name)
-        one.add_argument("files", nargs="*", type=pathlib.Path, default=[default])
+        one.add_argument("files", nargs="*", type=pathlib.Path, default=[file])
         if name == "table":
             one.add_argument("--peer-file", type=pathlib.Path)
         else:

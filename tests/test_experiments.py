@@ -514,15 +514,14 @@ def _speed_row(command, **fields):
 
 
 def _update_row(num_steps, batch_size, seconds, **fields):
+    usual = {"target": "gmm25", "dim": 2, "cores": 1, "num_devices": 1}
     return _speed_row(
         "updates",
-        target="gmm25",
-        dim=2,
         objective="log_variance",
+        network="guided",
+        width=64,
         num_steps=num_steps,
         batch_size=batch_size,
-        cores=1,
-        num_devices=1,
         best_seconds=seconds,
         cpu_ms=1e3 * seconds,
         best_cpu_ms=1e3 * seconds,
@@ -534,7 +533,7 @@ def _update_row(num_steps, batch_size, seconds, **fields):
         temporary_bytes=3 * 2**20,
         stored_bytes=2 * 2**20,
         peak_bytes=800 * 2**20,
-        **fields,
+        **usual | fields,
     )
 
 
@@ -542,6 +541,10 @@ def test_table_of_speed(tmp_path, arguments, capsys):
     script, out = _script("speed"), tmp_path / "rows.jsonl"
     peers = tmp_path / "peers.jsonl"
     rows = [_update_row(100, 512, 0.1), _update_row(10, 512, 0.01)]
+    wells = {"target": "manywell8", "dim": 8}, {"target": "manywell", "dim": 32}
+    rows += [_update_row(5, 8, s, **w) for s, w in zip((0.1, 0.2), wells, strict=True)]
+    two = {"cores": 2, "num_devices": 2}
+    rows += [_update_row(100, 512, 0.05, **two), _update_row(100, 512, 0.2, cores=2)]
     rows += [_update_row(100, 512, 0.1, workload="gmm25 log_variance vsm")]
     draws = {"num_steps": 1, "batch_size": 10, "cores": 1, "draws_per_second": 5e5}
     rows += [_speed_row("draws", target="gmm25", **draws)]
@@ -560,7 +563,11 @@ def test_table_of_speed(tmp_path, arguments, capsys):
     assert "| gmm25, 2-D | log_variance | 1 | 100 | 512 | 100 | 9 s | 100 |" in said
     assert "| 2.00 | 50% | 3 | 1.50 | 800 |" in said
     assert "| other, 200 ms | 0.50 |" in said
-    assert "| num_steps | gmm25 | log_variance | 512 | 1 | 1.00 |" in said
+    same = "| gmm | log_variance |"
+    assert f"| steps K {same} 10, 100 | 512 | 2 | 1 | 1.00 |" in said
+    assert "| manywell | log_variance | 5 | 8 | 8, 32 | 1 | 0.50 |" in said
+    assert f"| devices {same} 100 | 512 | 2 | 1, 2 | -1.00 |" in said
+    assert said.count("| -1.00 |") == 1  # a device with two cores is no half of them
     assert "| gmm25 | 1 | 10 | 1 | 500,000 |" in said
     assert "| 2 of 3 | 5 (inf) | 2.0 | 0.25 | - |" in said
 
