@@ -29,6 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import scipy.stats
 from rows import (
     add_mesh_option,
     append,
@@ -67,7 +68,9 @@ CELLS = (
     Cell("mw52", 1.4, 0.1, width=128),
     Cell("drawn_image", 2.0, 0.02, width=128),
     Cell("ionosphere", 1.0, 0.1, num_updates=1_500),
+    Cell("lgcp_whitened", 1.0, 0.1, num_updates=400, batch_size=32),
 )
+REFERENCES = ("ionosphere", "lgcp")  # whose moments are known from long runs
 LEARNING_RATE = 2e-3
 CONSISTENCY = 10.0  # weight of self-consistency
 FEW_STEPS = 0.1  # weight of the divergence at few steps
@@ -247,7 +250,7 @@ def shape(target, x):
         weights = ds.metrics.mode_weights(x, target.modes)
         out["flow_mode_tv"] = ds.metrics.total_variation(weights, target.modes.weights)
     if target.sample is None:
-        return out
+        return out | moments(target, x)
     exact = np.asarray(target.sample(jax.random.key(2**31 - 1), 100_000))
     if target.modes is not None:
         assign = jax.vmap(target.modes.assign)
@@ -261,11 +264,44 @@ def shape(target, x):
     levels = [0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99]
     a, b = (np.quantile(v[:, 0], levels) for v in (x, exact))
     out["flow_quantile_error"] = float(np.abs(a - b).max() / np.std(exact[:, 0]))
+    if "funnel" in target.name:
+        out["flow_band_error"] = band_error(x, exact)
     num = min(NUM_POINTS, len(x))
     first, second = exact[:num], exact[num : 2 * num]
     found, floor = (ds.metrics.wasserstein2(v, first) for v in (x[:num], second))
     out |= {"flow_w2": found, "flow_w2_floor": floor, "flow_w2_ratio": found / floor}
     return out
+
+
+def moments(target, x):
+    """Means and standard deviations against long MCMC: the worst coordinate."""
+    name = target.name.removesuffix("_whitened")
+    if name not in REFERENCES:
+        return {}
+    true = ds.targets.reference_moments(name)
+    if target.constrain is not None:
+        x = jax.vmap(target.constrain)(jnp.asarray(x))
+    mean, sd = np.mean(x, axis=0), np.std(x, axis=0)
+    return {
+        "flow_mean_error": float(np.max(np.abs(mean - true["mean"]) / true["sd"])),
+        "flow_relative_mean_error": float(np.max(np.abs(mean / true["mean"] - 1))),
+        "flow_sd_error": float(np.max(np.abs(sd / true["sd"] - 1))),
+    }
+
+
+def band_error(x, exact, num_bands=5):
+    """Quantiles of x2 in bands of x1 of equal mass, in conditional sds exp(x1 / 2)."""
+    edges = np.quantile(exact[:, 0], np.linspace(0, 1, num_bands + 1)[1:-1])
+    levels = [0.05, 0.25, 0.5, 0.75, 0.95]
+    worst = 0.0
+    for band in range(num_bands):
+        inside = x[np.digitize(x[:, 0], edges) == band]
+        if len(inside) == 0:
+            return np.inf
+        found = np.quantile(inside[:, 1] * np.exp(-inside[:, 0] / 2), levels)
+        error = np.abs(found - scipy.stats.norm.ppf(levels)).max()
+        worst = max(worst, float(error))
+    return worst
 
 
 def run(args):
@@ -301,6 +337,8 @@ COLUMNS = (
     ("mode error", "flow_mode_tv", "{:.3f}", float),
     ("mode sd error", "flow_sd_error", "{:.3f}", float),
     ("quantile error", "flow_quantile_error", "{:.3f}", float),
+    ("in bands", "flow_band_error", "{:.3f}", float),
+    ("mean error", "flow_mean_error", "{:.3f}", float),
     ("W2 / floor", "w2_ratio", "{:.3f}", lambda v: abs(v - 1)),
     ("its noise", "w2_ratio_se", "{:.3f}", float),
     ("Sinkhorn / floor", "sinkhorn_ratio", "{:.3f}", lambda v: abs(v - 1)),

@@ -10,6 +10,7 @@ import json
 import pathlib
 import sys
 
+import jax
 import numpy as np
 import pytest
 
@@ -458,6 +459,23 @@ def test_consistent_tables_name_violated_bounds():
     for wrong in ({"elbo_gap": -0.04}, {"eubo_gap": -0.04}):
         said = script.honest([row, row | wrong])
         assert said == "Bounds violated: gmm9, cdds, seed 0, 1 steps."
+
+
+def test_shape_of_consistent_draws():
+    script = _script("consistent")
+    target = ds.targets.by_name("ionosphere")
+    true = ds.targets.reference_moments("ionosphere")
+    noise = np.random.default_rng(0).normal(size=(4_000, 35))
+    noise = (noise - noise.mean(0)) / noise.std(0)
+    found = script.shape(target, true["mean"] + true["sd"] * (1.2 * noise + 0.5))
+    assert found["flow_mean_error"] == pytest.approx(0.5, abs=1e-3)
+    assert found["flow_sd_error"] == pytest.approx(0.2, abs=1e-3)
+    funnel = ds.targets.by_name("funnel_hard")
+    a, b = (np.asarray(funnel.sample(jax.random.key(k), 20_000)) for k in (0, 1))
+    assert script.band_error(a, b) < 0.1
+    wide = np.where(np.arange(10) == 1, 2.0, 1.0)
+    assert script.band_error(a * wide, b) == pytest.approx(1.64, abs=0.15)
+    assert script.band_error(a + 100.0, b) == np.inf
 
 
 @pytest.mark.slow
