@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.scipy.special import logsumexp
 
-from diffsamp.types import Array, Key
+from diffsamp.types import Array, Key, as_count
 
 _BISECTIONS = 20  # the exponent of `temper` to a millionth
 
@@ -66,8 +66,7 @@ def init(capacity: int, dim: int, score_dim: int = 0) -> Buffer:
         >>> int(buffer.size), buffers.sample(buffer, jax.random.key(0), 5).shape
         (3, (5, 2))
     """
-    if capacity < 1:
-        raise ValueError(f"capacity must be at least 1, got {capacity}")
+    capacity = as_count("capacity", capacity)
     if score_dim not in (0, dim):
         raise ValueError(f"score_dim must be 0 or dim={dim}, got {score_dim}")
     dtype = jax.dtypes.canonicalize_dtype(float)

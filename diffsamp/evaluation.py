@@ -66,8 +66,9 @@ def evaluate(
         log Z ``log_z_error``, ``elbo_gap``, ``eubo_gap``.
 
     Raises:
-        ValueError: when num_draws is below 2, batch_size is below 1, or there are
-            fewer than four reference draws.
+        ValueError: when target is none or of another dimension than the sampler,
+            num_draws is below 2, batch_size is below 1, or there are fewer than four
+            reference draws.
         ImportError: when ``sinkhorn`` is true and OTT is not installed.
 
     Example:
@@ -80,6 +81,15 @@ def evaluate(
         >>> report["elbo"] < report["eubo"]
         True
     """
+    if not isinstance(target, Target):
+        raise ValueError(
+            f"target must be a Target, got {type(target).__name__}; make one of an "
+            "energy by ds.Target(energy=energy, dim=dim)"
+        )
+    if target.dim != sampler.dim:
+        raise ValueError(
+            f"target has dim={target.dim}, but the sampler has dim={sampler.dim}"
+        )
     if num_draws < 2:
         raise ValueError(f"num_draws must be at least 2, got {num_draws}")
     if sinkhorn is None:

@@ -20,7 +20,7 @@ from jax.scipy.special import logsumexp
 from jax.tree_util import Partial
 
 from diffsamp.energies import as_energy, as_key, check_energy
-from diffsamp.types import Array, Energy, Key, Target
+from diffsamp.types import Array, Energy, Key, Target, as_count
 
 if TYPE_CHECKING:
     import optax
@@ -240,6 +240,7 @@ def smc_from_gaussian(
         >>> bool(abs(result.log_z - jnp.log(2 * jnp.pi)) < 0.3)
         True
     """
+    num_particles = as_count("num_particles", num_particles, least=2)
     draw_key, smc_key = jax.random.split(as_key(key))
     dtype = jnp.result_type(float)
     loc = jnp.broadcast_to(jnp.asarray(loc, dtype), (dim,))
@@ -298,6 +299,7 @@ def smc_from_prior(
             f"target {target.name!r} must have a prior to start from, got None for "
             f"{', '.join(missing)}; use smc_from_gaussian(key, target.energy, dim)"
         )
+    num_particles = as_count("num_particles", num_particles, least=2)
     draw_key, smc_key = jax.random.split(as_key(key))
     log_prior, log_likelihood, sample_prior = map(as_energy, parts)
     particles = _draw(sample_prior, draw_key, num_particles)

@@ -212,6 +212,12 @@ def multistart(
 
 
 def _from_smc(result: mcmc.SMCResult, name: str) -> Probe:
+    if float(result.log_z) == -np.inf:
+        raise ValueError(
+            f"the energy is not finite at any of {len(result.particles)} particles of "
+            f"{name}: check its support and sign (energy = -log density), and where "
+            "the reference stands"
+        )
     if not bool(result.reached_target):
         raise ValueError(
             f"{name} stopped at inverse temperature {float(result.beta):.3g}; raise "

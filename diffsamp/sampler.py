@@ -28,7 +28,16 @@ from diffsamp._distributions import normal_log_prob, standard_normal
 from diffsamp.energies import as_key, bind_condition, check_energy
 from diffsamp.networks import Backbone, Context, Control
 from diffsamp.processes import Coefficients, Process, Renoising
-from diffsamp.types import Array, Densities, Energy, Key, Params, Path, Trajectory
+from diffsamp.types import (
+    Array,
+    Densities,
+    Energy,
+    Key,
+    Params,
+    Path,
+    Trajectory,
+    as_count,
+)
 
 VARIANCE_LIMIT = 100.0  # of the kernels' variance ratio and of its inverse
 _EVALUATED = "energy and score"  # what rematerialisation keeps: O(K D) numbers
@@ -120,9 +129,13 @@ class Step(NamedTuple):
 
 
 class _Run(NamedTuple):
-    """A simulation: last state in unit coordinates, and what was asked for."""
+    """A simulation: last state in unit coordinates, its score, and what was asked for.
+
+    The last score also stands in the path, but taking it from there would keep all.
+    """
 
     y: Array
+    score: Array
     log_prior: Array
     densities: Any
     energy: Array
@@ -176,13 +189,9 @@ class Sampler:
     finest: int | None = None
 
     def __post_init__(self):
-        for name in ("dim", "num_steps"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | np.integer):
-                raise ValueError(f"{name} must be an integer, got {value!r}")
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-            object.__setattr__(self, name, int(value))
+        for name, least in (("dim", 1), ("num_steps", 1), ("condition_dim", 0)):
+            value = as_count(name, getattr(self, name), least)
+            object.__setattr__(self, name, value)
         for name in ("loc", "scale"):
             object.__setattr__(
                 self, name, _numbers(name, getattr(self, name), self.dim)
@@ -192,7 +201,7 @@ class Sampler:
         for name in ("loc", "scale"):
             if not np.all(np.isfinite(getattr(self, name))):
                 raise ValueError(f"{name} must be finite, got {getattr(self, name)}")
-        for name in ("generation", "destruction"):
+        for name in ("generation", "destruction", "backbone"):
             control = getattr(self, name)
             if control is not None and not hasattr(control, "init"):
                 raise ValueError(
@@ -200,6 +209,18 @@ class Sampler:
                     f"{control!r}; make one of a function by "
                     "networks.from_function(init_fn, drift_fn)"
                 )
+        schedule = getattr(self.process, "schedule", None)
+        if schedule is not None and not hasattr(schedule, "signal"):
+            raise ValueError(
+                f"schedule must come from diffsamp.schedules, got {schedule!r}; "
+                "schedules.cosine(), for one"
+            )
+        time_grid = getattr(self.process, "time_grid", None)
+        if time_grid is not None and not callable(time_grid):
+            raise ValueError(
+                "time_grid must be a function of the number of steps, got "
+                f"{time_grid!r}; schedules.power_grid(2.0), for one"
+            )
         if self.finest is not None and self.finest < 2:
             raise ValueError(f"finest must be at least 2 or None, got {self.finest}")
         if self.finest is not None and self.finest % self.num_steps:
@@ -602,8 +623,7 @@ class Sampler:
         backward pass. Returns the trajectory and the path it was scored on.
         """
         run = self._run(params, key, energy, condition, remat=True, keep=True)
-        y, path, energy_value = run.y, run.path, run.energy
-        score = path.scores[-1]
+        y, score, path, energy_value = run.y, run.score, run.path, run.energy
         if not self.needs_score:  # otherwise it is known already
             energy_value, score = self._score_at(self._bind(energy, condition), y)
             path = path._replace(energy=energy_value)
@@ -786,7 +806,7 @@ class Sampler:
             kept = _put(self._empty(first), 0, first)
         carry = (y, _Seen(score, features), value, kept)
         scan = _sqrt_scan if remat else jax.lax.scan
-        (y, _, value, kept), (densities, later) = scan(body, carry, steps)
+        (y, seen, value, kept), (densities, later) = scan(body, carry, steps)
         if not self.needs_score:
             value = energy(self.original(y))
         path = None
@@ -800,7 +820,7 @@ class Sampler:
             path = Path(
                 xs, value, scores, energies if self.needs_score else energies[:0]
             )
-        return _Run(y, log_prior, densities, value, path)
+        return _Run(y, seen.score, log_prior, densities, value, path)
 
     def _empty(self, first):
         """Arrays for as many states as a path has, each like the first."""

@@ -102,7 +102,7 @@ def tile_within(
     each = bytes_per_step(sampler, params)
     fewest, budget = 1, memory_budget
     if budget is None:
-        fewest, budget = FEWEST_ROWS, CPU_MEMORY if meshes.on_cpu() else DEVICE_MEMORY
+        fewest, budget = FEWEST_ROWS, default_memory()
     elif budget < each:
         raise ValueError(
             f"memory_budget={memory_budget} bytes is too small: scoring one step of "
@@ -118,6 +118,11 @@ def tile_within(
     return Tile(rows, -(-sampler.num_steps // num_pieces))  # pieces alike
 
 
+def default_memory() -> int:
+    """Bytes that suit the backend."""
+    return CPU_MEMORY if meshes.on_cpu() else DEVICE_MEMORY
+
+
 def bytes_per_step(sampler: Any, params: Params) -> int:
     """What differentiating one step of one path keeps in memory on the way."""
     dtype = jax.dtypes.canonicalize_dtype(float)
@@ -128,16 +133,29 @@ def bytes_per_step(sampler: Any, params: Params) -> int:
     if sampler.condition_dim:
         condition = jax.ShapeDtypeStruct((_ROWS, sampler.condition_dim), dtype)
 
-    def kept(params, xs, scores, condition):
+    def values(params, xs, scores, condition):
         steps = jax.tree.map(lambda column: column[:1], sampler.steps())
-        of_rows = jax.vmap(sampler.densities, in_axes=(None, None, 0, 0, 0))
+        return sampler.densities(params, steps, xs, scores, condition)[:2]
 
-        def values(params):
-            return of_rows(params, steps, xs, scores, condition)[:2]
+    return _bytes_per_row(values, params, xs, scores, condition)
 
-        return jax.vjp(values, params)
 
-    leaves = jax.tree.leaves(jax.eval_shape(kept, params, xs, scores, condition))
+def bytes_per_state(network: Any, params: Params, dim: int, condition_dim: int) -> int:
+    """What differentiating a network of ``(params, x, time, condition)`` keeps."""
+    dtype = jax.dtypes.canonicalize_dtype(float)
+    shapes = (dim,), (), (condition_dim,)
+    rows = [jax.ShapeDtypeStruct((_ROWS, *shape), dtype) for shape in shapes]
+    return _bytes_per_row(
+        network, params, *rows[:2], rows[2] if condition_dim else None
+    )
+
+
+def _bytes_per_row(function, params, *rows) -> int:
+    def kept(params, *rows):
+        of_rows = jax.vmap(function, in_axes=(None,) + (0,) * len(rows))
+        return jax.vjp(lambda params: of_rows(params, *rows), params)
+
+    leaves = jax.tree.leaves(jax.eval_shape(kept, params, *rows))
     of_rows = [leaf for leaf in leaves if _ROWS in leaf.shape]
     return sum(leaf.size * leaf.dtype.itemsize for leaf in of_rows) // _ROWS
 

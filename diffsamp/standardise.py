@@ -15,7 +15,7 @@ import numpy as np
 from jax.scipy.optimize import minimize
 
 from diffsamp import mcmc
-from diffsamp.energies import as_energy, as_key
+from diffsamp.energies import as_energy, as_key, check_energy
 from diffsamp.types import Array, Energy, Key, Target
 
 Pilot = Callable[[Key, Target], tuple[Array, int]]
@@ -138,8 +138,16 @@ def laplace(num_starts: int = 8, num_draws: int = 1_000) -> Pilot:
         start, draw = jax.random.split(key)
         energy = as_energy(target.energy)
         points = _starts(start, target, num_starts)
+        check_energy(energy, target.dim, points.dtype, gradient=True)
         best, precision, evaluations = _laplace(energy, points)
-        values, vectors = np.linalg.eigh(np.asarray(precision, np.float64))
+        precision = np.asarray(precision, np.float64)
+        if not (np.isfinite(float(energy(best))) and np.all(np.isfinite(precision))):
+            raise ValueError(
+                f"none of {num_starts} minima has a finite energy and Hessian: check "
+                "the energy's support and sign (energy = -log density), and "
+                "target.scale, by which the starts are spread"
+            )
+        values, vectors = np.linalg.eigh(precision)
         # Differences of 32-bit energies resolve no curvature below this share.
         if not np.all(values > 1e-6 * values.max()):
             raise ValueError(

@@ -45,6 +45,7 @@ from diffsamp.types import (
     Proposal,
     Request,
     Trajectory,
+    as_count,
     counted,
     total_cost,
 )
@@ -520,6 +521,7 @@ def fit(
     law = _as_conditions(conditions, sampler, paths_per_condition, batch_size)
     _check_energy(sampler, objective, energy, law)
     _check_memory(sampler, memory_budget)
+    _check_params(sampler, params)
     limits = num_updates, max_seconds, max_energy_evaluations
     _check_budget(*limits, updates_per_chunk, checkpoint)
     if num_updates is None and max_seconds is None and max_energy_evaluations is None:
@@ -871,13 +873,16 @@ def _energies_at_fixed_points(sampler: Sampler, energy: Energy, conditions) -> l
     shape = (16, sampler.dim)
     noise = np.asarray(jax.random.normal(jax.random.key(0), shape))
     points = np.asarray(sampler.loc) + np.asarray(sampler.scale) * noise
-    points = jnp.asarray(points, noise.dtype)
-    if conditions is None:
-        values = jax.jit(jax.vmap(energy))(points)
-    else:
-        drawn = conditions(jax.random.key(1), 16)
-        values = jax.jit(jax.vmap(energy))(points, drawn)
+    points = (jnp.asarray(points, noise.dtype),)
+    if conditions is not None:
+        points += (conditions(jax.random.key(1), 16),)
+    values = _energies(energy, *points)
     return np.asarray(values, np.float64).tolist()
+
+
+@jax.jit
+def _energies(energy: Energy, *points: Array) -> Array:
+    return jax.vmap(energy)(*points)
 
 
 def _described(value: Any, seen: tuple[int, ...] = ()) -> str:
@@ -986,8 +991,7 @@ def _check_parts(sampler, objective, behaviour, batch_size) -> None:
             "behaviour must come from diffsamp.behaviours, called: on_policy(), got "
             f"{type(behaviour).__name__}"
         )
-    if batch_size < 2:
-        raise ValueError(f"batch_size must be at least 2, got {batch_size}")
+    as_count("batch_size", batch_size, least=2)
     requires, provides = objective.requires, behaviour.provides
     if requires.simulation_gradient and not provides.only_on_policy:
         raise ValueError(
@@ -1091,6 +1095,18 @@ def _check_energy(sampler, objective, energy, conditions) -> None:
     sampler.check_energy(energy, condition, gradient=gradient)
 
 
+def _check_params(sampler, params) -> None:
+    if params is None:
+        return
+    wanted = jax.eval_shape(sampler.init, jax.random.key(0))
+    shapes = [jax.tree.map(jnp.shape, tree) for tree in (params, wanted)]
+    if shapes[0] != shapes[1]:
+        raise ValueError(
+            f"params are not those of this sampler: their shapes are {shapes[0]}, "
+            f"wanted {shapes[1]}"
+        )
+
+
 def _check_memory(sampler, memory_budget) -> None:
     if memory_budget is None:
         return
@@ -1105,18 +1121,15 @@ def _check_memory(sampler, memory_budget) -> None:
 def _check_budget(
     num_updates, max_seconds, max_energies, updates_per_chunk, checkpoint
 ) -> None:
-    if num_updates is not None and num_updates < 0:
-        raise ValueError(f"num_updates must not be negative, got {num_updates}")
-    if max_energies is not None and max_energies < 1:
-        raise ValueError(
-            f"max_energy_evaluations must be at least 1, got {max_energies}"
-        )
+    for name, value, least in (
+        ("num_updates", num_updates, 0),
+        ("max_energy_evaluations", max_energies, 1),
+        ("updates_per_chunk", updates_per_chunk, 1),
+    ):
+        if value is not None:
+            as_count(name, value, least)
     if max_seconds is not None and not max_seconds > 0:
         raise ValueError(f"max_seconds must be positive, got {max_seconds}")
-    if updates_per_chunk is not None and updates_per_chunk < 1:
-        raise ValueError(
-            f"updates_per_chunk must be at least 1, got {updates_per_chunk}"
-        )
     if checkpoint is not None:
         folder = os.path.dirname(os.path.abspath(checkpoint))
         if not (os.path.isdir(folder) and os.access(folder, os.W_OK)):

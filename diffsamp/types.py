@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 Array = jax.Array
 ArrayLike = jax.typing.ArrayLike
@@ -147,8 +148,7 @@ class Target:
     def __post_init__(self):
         if not callable(self.energy):
             raise ValueError(f"energy must be callable, got {type(self.energy)}")
-        if not isinstance(self.dim, int) or self.dim < 1:
-            raise ValueError(f"dim must be a positive integer, got {self.dim!r}")
+        object.__setattr__(self, "dim", as_count("dim", self.dim))
 
 
 class LogEvidence(NamedTuple):
@@ -323,6 +323,19 @@ class Cost(NamedTuple):
 def total_cost(costs: Sequence[Cost]) -> Cost:
     """The sum of several."""
     return Cost(*(sum(column) for column in zip(*costs, strict=True)))
+
+
+def as_count(name: str, value: Any, least: int = 1) -> int:
+    """An argument that counts something.
+
+    Raises:
+        ValueError: when it is no integer, or below ``least``.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise ValueError(f"{name} must be an integer, got {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+    return int(value)
 
 
 def counted(cost: Cost) -> Cost:

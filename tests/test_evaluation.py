@@ -238,6 +238,10 @@ def test_bad_numbers():
         evaluate(GAUSSIAN, num_draws=1)
     with pytest.raises(ValueError, match=r"reference_draws.*\[1, 2\]"):
         evaluate(GAUSSIAN, reference_draws=np.zeros((1, 2)))
+    with pytest.raises(ValueError, match=r"target has dim=3, .* sampler has dim=2"):
+        evaluate(ds.Target(energy=GAUSSIAN.energy, dim=3))
+    with pytest.raises(ValueError, match=r"must be a Target, .* ds\.Target\(energy"):
+        evaluate(GAUSSIAN.energy)
 
 
 def test_without_ott(monkeypatch):

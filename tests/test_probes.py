@@ -195,8 +195,10 @@ def test_prior_draws_are_weighted_by_the_likelihood():
 
 def test_smc_finds_no_density():
     nowhere = Partial(_energy, jnp.full(DIM, jnp.nan))
-    with pytest.raises(ValueError, match=r"inverse temperature.*wider reference"):
+    with pytest.raises(ValueError, match=r"energy is not finite at any of .* sign"):
         _probe("smc", nowhere)
+    with pytest.raises(ValueError, match="num_particles must be at least 2, got 0"):
+        ds.probes.smc(jax.random.key(0), nowhere, DIM, num_particles=0)
 
 
 def test_given_draws():

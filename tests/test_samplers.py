@@ -376,6 +376,7 @@ def test_wrong_condition_is_named(condition_dim, condition):
         ({"scale": (1.0, -1.0)}, "scale must be positive"),
         ({"scale": math.nan}, "scale must be positive"),
         ({"scale": math.inf}, "scale must be finite"),
+        ({"condition_dim": -1}, "condition_dim must be at least 0"),
     ],
 )
 def test_bad_construction_is_named(name, bad, match):
@@ -391,6 +392,19 @@ def test_a_bare_function_is_no_network():
         ds.samplers.dis(2, 4, network=drift)
     with pytest.raises(ValueError, match="network of destruction must be a control"):
         ds.samplers.dis(2, 4, destruction_network=drift)
+
+
+@pytest.mark.parametrize(
+    ("bad", "match"),
+    [
+        ({"schedule": "cosine"}, r"schedule must come from diffsamp\.schedules"),
+        ({"time_grid": "cosine"}, "time_grid must be a function"),
+        ({"backbone": "mlp"}, "network of backbone must be a control"),
+    ],
+)
+def test_names_in_place_of_parts(bad, match):
+    with pytest.raises(ValueError, match=match):
+        ds.samplers.dis(2, 4, **bad)
 
 
 def test_bad_step_count_is_named():

@@ -102,3 +102,11 @@ def test_laplace_where_nothing_fits():
     flat = ds.Target(energy=lambda x: 0.5 * x[0] ** 2, dim=2)
     with pytest.raises(ValueError, match=r"eigenvalues from 0 to 1.*short_mcmc"):
         ds.standardise(jax.random.key(0), flat, ds.laplace())
+    for words, energy in (
+        ("must return a scalar", lambda x: x),
+        ("finite energy and Hessian", lambda x: jnp.sum(x) * jnp.nan),
+    ):
+        with pytest.raises(ValueError, match=words):
+            ds.standardise(
+                jax.random.key(0), ds.Target(energy=energy, dim=2), ds.laplace()
+            )

@@ -430,6 +430,10 @@ def share_below_zero(means):
     return np.mean(scipy.stats.t.cdf(0, 2, means[:, 0]))
 
 
+def mean_of_last(means):
+    return np.mean(means[:, -1])
+
+
 STATISTICS = [
     ("distorted_manywell", lambda xs: xs[:, 0], 1.1879609834),
     ("distorted_manywell", lambda xs: xs[:, 1], 0.5 * (2.9598060905 - 3)),
@@ -465,6 +469,8 @@ STATISTICS = [
     ("rosenbrock", lambda xs: (xs[:, 1] - xs[:, 0] ** 2) ** 2, 1 / 200),
     ("spike_and_slab", lambda xs: xs[:, 2], 0.9),
     ("student_t_mixture", lambda xs: xs[:, 0] < 0, share_below_zero),
+    ("student_t_mixture_200", lambda xs: xs[:, 0] < 0, share_below_zero),
+    ("gmm40_vsm_200", lambda xs: xs[:, -1], mean_of_last),
     ("two_moons", lambda xs: xs[:, 0] ** 2, 3.5882826541),
     ("two_moons", lambda xs: xs[:, 1] ** 2, 0.6933549995),
     ("two_moons", lambda xs: xs[:, 0], 0.0),

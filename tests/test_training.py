@@ -17,12 +17,13 @@ import diffsamp as ds
 DIM, NUM_STEPS, BATCH = 2, 4, 16
 PILOT = 1024  # paths of the check at the start
 TRACES = []  # one entry for each time Python runs the energy
-COMPILATIONS = []  # one entry for each program XLA compiles
+COMPILATIONS = []  # the name of each program XLA compiles
 
 
-def _count_compilation(name, seconds, **_):
+def _count_compilation(name, seconds, fun_name="", **_):
+    del seconds
     if name.endswith("backend_compile_duration"):
-        COMPILATIONS.append(seconds)
+        COMPILATIONS.append(fun_name)
 
 
 jax.monitoring.register_event_duration_secs_listener(_count_compilation)
@@ -238,22 +239,24 @@ def test_donated_states(ema_decay):
 
 
 def test_an_interrupt_within_donated_updates(base, tmp_path, monkeypatch):
-    given, chunk = [], ds.training._chunk_in_place
+    seen, wait = [], jax.block_until_ready
 
-    def interrupted(recipe, length, state, *rest):
-        given.append(state)
-        result = chunk(recipe, length, state, *rest)
-        if len(given) == 4:  # the first only compiles
-            raise KeyboardInterrupt
-        return result
+    def interrupted(tree):
+        if isinstance(tree, ds.training.TrainState):
+            seen.append(tree)
+            if int(tree.count) == 14:
+                raise KeyboardInterrupt
+        return wait(tree)
 
     options = {"checkpoint": tmp_path / "run", "checkpoint_seconds": 0.0}
     options |= {"updates_per_chunk": 7, "donate_state": True}
     with monkeypatch.context() as patch:
-        patch.setattr(ds.training, "_chunk_in_place", interrupted)
+        patch.setattr(jax, "block_until_ready", interrupted)
         with pytest.raises(KeyboardInterrupt):
             fit(20, **options)
-    assert all(leaf.is_deleted() for s in given for leaf in jax.tree.leaves(s))
+    *before, last = seen
+    assert all(leaf.is_deleted() for s in before for leaf in jax.tree.leaves(s))
+    assert not last.count.is_deleted()
     resumed = fit(20, **options)
     assert_same(resumed.state, base.state)
     np.testing.assert_array_equal(resumed.metrics["loss"], base.metrics["loss"])
@@ -505,6 +508,16 @@ def test_nothing_compiles_again(base):
     assert not np.array_equal(flat(other.params), flat(base.params))
 
 
+def test_a_resumed_run_compiles_nothing(tmp_path):
+    path = tmp_path / "run"
+    for num_updates in (4, 8):  # the second warms what resuming needs
+        fit(num_updates, checkpoint=path)
+    COMPILATIONS.clear()
+    resumed = fit(12, checkpoint=path)
+    assert COMPILATIONS == []
+    assert int(resumed.state.count) == 12
+
+
 def test_a_new_closure_compiles_and_works(base):
     data = energy_of().args[0]
 
@@ -513,7 +526,7 @@ def test_a_new_closure_compiles_and_works(base):
 
     COMPILATIONS.clear()
     result = fit(20, energy=closure)
-    assert COMPILATIONS
+    assert [name for name in COMPILATIONS if "_updates" in name] == ["jit(_updates)"]
     np.testing.assert_allclose(flat(result.params), flat(base.params), rtol=1e-4)
     COMPILATIONS.clear()
     assert_same(fit(20, energy=closure).params, result.params)
@@ -638,6 +651,10 @@ def test_bad_energies_are_named(words, energy):
         ("at least 2, got 1", {"batch_size": 1}),
         ("at least 2, got 0", {"batch_size": 0}),
         ("num_updates", {"num_updates": -1}),
+        (r"num_updates must be an integer, got 600\.0", {"num_updates": 600.0}),
+        ("max_energy_evaluations must be an int", {"max_energy_evaluations": 1e4}),
+        (r"batch_size must be an integer, got 8\.0", {"batch_size": 8.0}),
+        ("params are not those", {"params": {"generation": {"shift": jnp.zeros(3)}}}),
         ("max_seconds", {"max_seconds": -1.0}),
         ("at least 1, got 0", {"max_energy_evaluations": 0}),
         ("max_seconds", {"max_seconds": float("nan")}),
@@ -712,12 +729,20 @@ def test_memory_does_not_grow_with_the_number_of_steps(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["log_variance", "trajectory_balance"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "log_variance",
+        "trajectory_balance",
+        "detailed_balance",
+        "sub_trajectory_balance",
+    ],
+)
 def test_memory_is_that_of_the_states_and_scores(name):
     """256 steps of 2,048 paths in 32 dimensions."""
     target = ds.targets.manywell()
     sampler, batch_size = ds.samplers.pis(target.dim, 256), 2_048
-    objective, behaviour = OBJECTIVES[name](), ds.behaviours.on_policy()
+    objective, behaviour = getattr(ds.objectives, name)(), ds.behaviours.on_policy()
     recipe = ds.training.Recipe(
         sampler, objective, behaviour, optax.adam(1e-3), batch_size
     )

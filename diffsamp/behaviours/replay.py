@@ -10,7 +10,7 @@ import functools
 
 from diffsamp import buffers
 from diffsamp.behaviours.common import FREE, empty_buffer, store, stored_or_simulated
-from diffsamp.types import Behaviour, Provides
+from diffsamp.types import Behaviour, Provides, as_count
 
 
 @functools.cache
@@ -41,8 +41,7 @@ def replay(
         ...     (ds.behaviours.on_policy(), 0.5), (ds.behaviours.replay(10_000), 0.5)
         ... )
     """
-    if capacity < 1:
-        raise ValueError(f"capacity must be at least 1, got {capacity}")
+    capacity = as_count("capacity", capacity)
     buffers.check_priority(priority)
 
     def init(key, sampler, params, energy):

@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from diffsamp import scoring
 from diffsamp.networks import Backbone, FourierMLP, LinenBackbone
 from diffsamp.objectives.log_z import init_log_z, log_z_of
 from diffsamp.types import Array, Batch, Cost, Key, Params
@@ -83,44 +84,66 @@ class Flow:
         first = batch.trajectories.log_prior + log_z
         last = -batch.trajectories.energy
         energies, cost = self._energies(batch)
-        between = jax.vmap(functools.partial(self._between, params, batch.sampler))
-        inner = between(batch.paths.xs, log_z, energies, batch.condition)
+        inner = self._between(params, batch, log_z, energies)
         flow = jnp.concatenate([first[:, None], inner, last[:, None]], axis=1)
         return flow, log_z, cost
 
-    def _between(self, params, sampler, xs, log_z, energies, condition):
-        """Log F at the K-1 states between the ends of one path."""
-        condition = condition if condition.size else None
-        xs = xs[1:-1]
-        scale = np.broadcast_to(np.asarray(sampler.scale), (sampler.dim,))
-        loc = np.broadcast_to(np.asarray(sampler.loc), (sampler.dim,))
-        ys = (xs - loc.astype(xs.dtype)[None]) / scale.astype(xs.dtype)[None]
+    def _between(self, params, batch: Batch, log_z, energies) -> Array:
+        """Log F at the states between the ends, [B, K-1].
+
+        As many steps at a time as fit the memory budget; their activations are computed
+        again on the way back.
+        """
+        sampler, num_rows = batch.sampler, log_z.shape[0]
+        condition = batch.condition if sampler.condition_dim else None
+        each = scoring.bytes_per_state(
+            self.network, params["flow"], sampler.dim, sampler.condition_dim
+        )
+        memory = batch.memory_budget or scoring.default_memory()
+        num_devices = 1 if batch.mesh is None else batch.mesh.size
+        together = max(1, memory * num_devices // (each * num_rows))
+        together = min(together, max(1, sampler.num_steps - 1))
         table = sampler.process.coefficients(sampler.num_steps)
-        times = jnp.asarray(table.times[1:-1], xs.dtype)
-        network = functools.partial(self.network, params["flow"])
-        learned = jax.vmap(lambda y, t: network(y, t, condition)[0])(ys, times)
-        learned = learned * self.log_z_scale
+        dtype = batch.paths.xs.dtype
+        times = jnp.asarray(table.times, dtype)
+        variances = jnp.asarray(_reference_variance(sampler), dtype)
+        at_state = functools.partial(self._at_state, params["flow"], sampler)
+
+        @jax.checkpoint
+        def at_step(index):
+            take = functools.partial(jnp.take, indices=index, axis=1)
+            energy = take(energies) if self.forward_looking else log_z
+            of_rows = jax.vmap(at_state, in_axes=(None, None, 0, 0, 0, 0))
+            known = times[index], variances[index], take(batch.paths.xs)
+            return of_rows(*known, log_z, energy, condition)
+
+        inner = jnp.arange(1, sampler.num_steps)
+        return jax.lax.map(at_step, inner, batch_size=together).T
+
+    def _at_state(self, params, sampler, time, variance, x, log_z, energy, condition):
+        """Log F of one state between the ends."""
+        y = sampler.unit(x)
+        learned = self.network(params, y, time, condition)[0] * self.log_z_scale
         if not self.forward_looking:
             return log_z + learned
-        variance = jnp.asarray(_reference_variance(sampler)[1:-1], xs.dtype)[:, None]
-        log_density = -0.5 * (ys**2 / variance + jnp.log(2 * jnp.pi * variance))
-        log_reference = jnp.sum(log_density, axis=-1) - float(np.sum(np.log(scale)))
-        return learned + (1 - times) * (log_z + log_reference) - times * energies
+        log_density = -0.5 * (y**2 / variance + jnp.log(2 * jnp.pi * variance))
+        scale = np.broadcast_to(np.asarray(sampler.scale), (sampler.dim,))
+        log_reference = jnp.sum(log_density) - float(np.sum(np.log(scale)))
+        return learned + (1 - time) * (log_z + log_reference) - time * energy
 
     def _energies(self, batch: Batch) -> tuple[Array, Cost]:
-        """Energies at the states between the ends, [B, K-1] or, unused, [B, 0]."""
+        """Energies at all states, [B, K+1], or nothing that is used."""
         known, xs = batch.paths.energies, batch.paths.xs[:, 1:-1]
-        if not self.forward_looking:
-            return known[:, :0], Cost(0, 0)
-        if known.shape[1]:
-            return known[:, 1:-1], Cost(0, 0)
+        if not self.forward_looking or known.shape[1]:
+            return known, Cost(0, 0)
 
         def energy(x, condition):
             return batch.energy(*((x, condition) if condition.size else (x,)))
 
         over_path = jax.vmap(energy, in_axes=(0, None))
-        energies = jax.vmap(over_path)(xs, batch.condition)
-        return jax.lax.stop_gradient(energies), Cost(xs.shape[0] * xs.shape[1], 0)
+        energies = jax.lax.stop_gradient(jax.vmap(over_path)(xs, batch.condition))
+        energies = jnp.pad(energies, ((0, 0), (1, 1)))  # the ends' are not asked for
+        return energies, Cost(xs.shape[0] * xs.shape[1], 0)
 
 
 def _reference_variance(sampler) -> np.ndarray:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -67,9 +68,16 @@ def sub_trajectory_balance(
         cumulative, metrics = log_flow_minus_sum(flow, params, offset, batch)
         rows = finite_rows(jnp.sum(cumulative, axis=-1))
         cumulative = jnp.where(rows[:, None], cumulative, 0.0)
-        residual = cumulative[:, :, None] - cumulative[:, None, :]
-        weight = jnp.asarray(weights(cumulative.shape[1] - 1), cumulative.dtype)
-        values = jnp.sum(weight[None] * half_square(residual, huber), axis=(1, 2))
+        num_steps = cumulative.shape[1] - 1
+        weight = jnp.asarray(weights(num_steps), cumulative.dtype)
+
+        @jax.checkpoint
+        def pieces_from(start):  # one start at a time: all at once are [B, K+1, K+1]
+            begin = jnp.take(cumulative, start, axis=1)
+            values = half_square(begin[:, None] - cumulative, huber)
+            return values @ weight[start]
+
+        values = jnp.sum(jax.lax.map(pieces_from, jnp.arange(num_steps)), axis=0)
         return row_mean(values, rows), metrics
 
     return Objective(Requirements(pilot=True), flow_init(flow), loss, keep_state)
