@@ -207,7 +207,12 @@ def train_and_evaluate(problem, num_steps, kernels, setting, seed, args):
     names += ("mode_tv_floor",)
     found = {name: result[name] for name in names if name in result}
     draws = ds.draw(
-        jax.random.fold_in(key, 2), sampler, fit.params, target.energy, args.num_draws
+        jax.random.fold_in(key, 2),
+        sampler,
+        fit.params,
+        target.energy,
+        args.num_draws,
+        mesh=mesh,
     )
     if "manywell" in problem.target:
         found["mode_tv_unweighted"] = float(np.mean(well_errors(draws.x, None)))

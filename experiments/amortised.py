@@ -341,6 +341,7 @@ def run_sampler(seed, num_steps, kernels, family, mesh):
         params=fit.params,
         energy=family.energy,
         num_draws=SETTING.num_draws,
+        mesh=mesh,
     )
     draw(jax.random.fold_in(key, 4), condition=family.train[0])  # compiles
     draws, begin = [], time.perf_counter()
@@ -360,6 +361,7 @@ def run_sampler(seed, num_steps, kernels, family, mesh):
             family.energy,
             thinned(family.nuts[i], SETTING.num_draws),
             condition=image,
+            mesh=mesh,
         )
         judged.append(judge(seed, i, family, draws[i], target_log_weight))
     report = draws[0].diagnostics

@@ -179,8 +179,8 @@ def judge(cell, method, sampler, params, num_steps, seed, args):
     few = sampler.with_num_steps(num_steps)
     key = jax.random.fold_in(jax.random.key(seed), 10_000 + num_steps)
     keys = jax.random.split(key, 4)
-    options = {"num_draws": args.num_draws, "sinkhorn": False}
-    options["mesh"] = mesh_of(args.mesh)
+    mesh = mesh_of(args.mesh)
+    options = {"num_draws": args.num_draws, "sinkhorn": False, "mesh": mesh}
     result = ds.evaluate(keys[0], few, params, target, **options)
     numbers = ("elbo", "eubo", "log_z", "log_z_error", "log_z_standard_error")
     numbers += ("ess", "forward_ess", "pareto_k", "verdict", "elbo_gap", "eubo_gap")
@@ -190,12 +190,13 @@ def judge(cell, method, sampler, params, num_steps, seed, args):
     if method != "cdds":
         solver = ds.solvers.dpm_solver() if method == "teacher" else ds.solvers.frozen()
         drawn = ds.probability_flow(few, solver)
-    draws = ds.draw(keys[1], drawn, params, target.energy, args.num_draws)
+    of_target = drawn, params, target.energy
+    draws = ds.draw(keys[1], *of_target, args.num_draws, mesh=mesh)
     found |= shape(target, draws.x)
     if num_steps in (1, NUM_STEPS):
         if target.sample is not None:
             num = NUM_POINTS * cell.num_repeats
-            points = ds.draw(keys[2], drawn, params, target.energy, num).x
+            points = ds.draw(keys[2], *of_target, num, mesh=mesh).x
             found |= distances(keys[3], target, points, cell.num_repeats)
         name = f"{cell.target}_{method}_{seed}_{num_steps}.npy"
         np.save(args.out.parent / "consistent" / name, draws.x[:NUM_POINTS])
@@ -206,9 +207,9 @@ def judge(cell, method, sampler, params, num_steps, seed, args):
         found["tuned_gain"] = tuned.elbo_after - tuned.elbo_before
         found["tuned_gain_error"] = tuned.standard_error
     if num_steps == 1 or (num_steps == NUM_STEPS and method == "teacher"):
-        ds.draw(keys[2], drawn, params, target.energy, 1_024)  # compiled
+        ds.draw(keys[2], *of_target, 1_024, mesh=mesh)  # compiled
         begin = time.perf_counter()
-        ds.draw(keys[2], drawn, params, target.energy, TIMED_DRAWS)
+        ds.draw(keys[2], *of_target, TIMED_DRAWS, mesh=mesh)
         found["seconds_per_100_000"] = time.perf_counter() - begin
     return found
 

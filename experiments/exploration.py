@@ -139,7 +139,12 @@ def train_and_evaluate(cell, method, seed, args):
     names += ("pareto_k", "verdict", "w2", "w2_floor", "mode_tv", "mode_tv_unweighted")
     found = {name: result[name] for name in names if name in result}
     draws = ds.draw(
-        jax.random.fold_in(key, 2), sampler, fit.params, target.energy, args.num_draws
+        jax.random.fold_in(key, 2),
+        sampler,
+        fit.params,
+        target.energy,
+        args.num_draws,
+        mesh=mesh,
     )
     if target.modes is not None:
         shares = ds.metrics.mode_weights(draws.x, target.modes)

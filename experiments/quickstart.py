@@ -146,7 +146,7 @@ def named(target, posterior, x):
     return {name: np.asarray(sites[name]) for name in posterior.shapes}
 
 
-def add_upper_bound(key, target, posterior, sampler, params, draws):
+def add_upper_bound(key, target, posterior, sampler, params, draws, mesh):
     """EUBO, from draws of the target that this library had no part in.
 
     Returns the draws with it, and the number of paths it took.
@@ -158,7 +158,9 @@ def add_upper_bound(key, target, posterior, sampler, params, draws):
         points = target.sample(for_draws, 1_000)
     else:
         return draws, 0
-    log_weight = ds.log_weights_of(for_paths, sampler, params, target.energy, points)
+    log_weight = ds.log_weights_of(
+        for_paths, sampler, params, target.energy, points, mesh=mesh
+    )
     upper = ds.evidence.eubo(log_weight).estimate
     log_evidence = draws.log_evidence._replace(upper=upper)
     return draws._replace(log_evidence=log_evidence), len(points)
@@ -224,6 +226,7 @@ def main():
     particles = run_smc(keys[1], target, args.num_particles)
     probe = run_smc(keys[2], target, args.num_particles)
     sampler, warm, fit = train(keys[3], target, particles, args)
+    mesh = mesh_of(args.mesh)
     ds.save(file, sampler, fit.params)
     draws = ds.draw(
         keys[4],
@@ -232,10 +235,10 @@ def main():
         target.energy,
         args.num_draws,
         probe=probe,
-        mesh=mesh_of(args.mesh),
+        mesh=mesh,
     )
     draws, traced = add_upper_bound(
-        keys[5], target, posterior, sampler, fit.params, draws
+        keys[5], target, posterior, sampler, fit.params, draws, mesh
     )
     cost = total_cost((particles, warm, fit, draws.diagnostics), sampler, traced)
     print()

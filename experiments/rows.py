@@ -26,8 +26,16 @@ def mesh_of(num_devices):
     """A mesh of so many devices, or None."""
     if num_devices is None:
         return None
-    devices = jax.devices()[:num_devices]
-    return jax.make_mesh((num_devices,), ("batch",), devices=devices)
+    if num_devices < 1:
+        raise SystemExit(f"--mesh must be at least 1, got {num_devices}")
+    devices = jax.devices()
+    if num_devices > len(devices):
+        raise SystemExit(
+            f"--mesh {num_devices} needs as many devices, got {len(devices)}; to make "
+            "devices of the cores of a CPU, set "
+            f"XLA_FLAGS=--xla_force_host_platform_device_count={num_devices}"
+        )
+    return jax.make_mesh((num_devices,), ("batch",), devices=devices[:num_devices])
 
 
 def read(path):

@@ -13,8 +13,10 @@
 
 Every cell runs in a process of its own, so that its peak memory is its own, and adds
 one JSON line to --out; cells that are there are skipped. To measure one core, start it
-on one: ``taskset -c 0 python experiments/speed.py ...``. A peer file holds one JSON
-line per figure of another program, ``{"workload": ..., "peer": ..., "cpu_ms": ...}``.
+on one: ``taskset -c 0 python experiments/speed.py ...``; to make every core a device,
+set XLA_FLAGS=--xla_force_host_platform_device_count=N and pass --mesh N. A peer file
+holds one JSON line per figure of another program,
+``{"workload": ..., "peer": ..., "cpu_ms": ...}``.
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ from flax import linen as nn
 from rows import add_mesh_option, append, described, mesh_of, read
 
 import diffsamp as ds
-from diffsamp import scoring, training
+from diffsamp import meshes, scoring, training
 
 TARGETS = {
     "gmm25": (ds.targets.gmm25, 7.0),
@@ -235,40 +237,54 @@ def measure_updates(cell, seconds):
     }
 
 
+def update_of(sampler, objective, target, size, mesh=None):
+    """One update as a function of its state, and the state before the first."""
+    behaviour, optimizer = ds.behaviours.on_policy(), optax.adam(1e-3)
+    parts = sampler, objective, behaviour, optimizer, size
+    recipe = training.Recipe(*parts, mesh=mesh)
+
+    def start(key):
+        return training.init(key, recipe, target.energy)[0]
+
+    return lambda state: training.step(recipe, state, target.energy), start
+
+
 def temporary_bytes(sampler, objective, target, size):
     """What one compiled update needs beside its state."""
-    behaviour = ds.behaviours.on_policy()
-    recipe = training.Recipe(sampler, objective, behaviour, optax.adam(1e-3), size)
-    state, _ = jax.eval_shape(
-        lambda key: training.init(key, recipe, target.energy), jax.random.key(0)
-    )
-    step = jax.jit(lambda state: training.step(recipe, state, target.energy))
-    return step.lower(state).compile().memory_analysis().temp_size_in_bytes
+    update, start = update_of(sampler, objective, target, size)
+    state = jax.eval_shape(start, jax.random.key(0))
+    compiled = jax.jit(update).lower(state).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
 
 
-def times_of(run, seconds):
-    """Wall times of repeated calls of compiled code."""
-    jax.block_until_ready(run())
-    times = []
-    while sum(times) < seconds or len(times) < 3:
-        begin = time.perf_counter()
+def times_of(seconds, *runs):
+    """Wall times of calls of compiled code, made in turns: a list for each."""
+    for run in runs:
         jax.block_until_ready(run())
-        times.append(time.perf_counter() - begin)
+    times = [[] for _ in runs]
+    while sum(map(sum, times)) < seconds * len(runs) or len(times[0]) < 3:
+        for run, own in zip(runs, times, strict=True):
+            begin = time.perf_counter()
+            jax.block_until_ready(run())
+            own.append(time.perf_counter() - begin)
     return times
 
 
-def two_passes(cell, sampler, target):
+def two_passes(cell, sampler, target, mesh):
     """Simulation, and the gradient of log-variance for given paths."""
-    params = sampler.init(jax.random.key(0))
+    params = meshes.put_everywhere(mesh, sampler.init(jax.random.key(0)))
     keys = jax.random.split(jax.random.key(1), cell["batch_size"])
     each = jax.vmap(sampler.simulate, in_axes=(None, 0, None))
-    simulate = jax.jit(lambda params, keys: each(params, keys, target.energy))
-    memory = cell.get("memory")
+    options = {"memory_budget": cell.get("memory"), "mesh": mesh}
+
+    @jax.jit
+    def simulate(params, keys):
+        return each(params, meshes.spread(mesh, keys), target.energy)
 
     @jax.jit
     @jax.grad
     def gradient(params, paths):
-        scored, _ = scoring.score_paths(sampler, params, paths, memory_budget=memory)
+        scored, _ = scoring.score_paths(sampler, params, paths, **options)
         return jnp.var(scored.log_weight)
 
     paths = simulate(params, keys)
@@ -277,22 +293,24 @@ def two_passes(cell, sampler, target):
 
 
 def measure_profile(cell, seconds):
-    """An update, its two passes, and training with a progress bar."""
+    """An update, its two passes, its metrics, and training with a progress bar."""
     target = TARGETS[cell["target"]][0]()
     sampler, size = sampler_of(cell, target), cell["batch_size"]
-    _, simulate, score = two_passes(cell, sampler, target)
-    optimizer = optax.adam(1e-3)
+    mesh = meshes.as_mesh(mesh_of(cell.get("mesh")))
+    _, simulate, score = two_passes(cell, sampler, target, mesh)
+    objective, optimizer = ds.objectives.log_variance(), optax.adam(1e-3)
 
     def fit(num_updates, progress_bar, state=None):
         run = ds.fit(
             jax.random.key(0),
             sampler,
-            ds.objectives.log_variance(),
+            objective,
             target.energy,
             optimizer=optimizer,
             batch_size=size,
             num_updates=num_updates,
             state=state,
+            mesh=mesh,
             progress_bar=progress_bar,
         )
         return run.state, (run.seconds - run.compile_seconds) / num_updates
@@ -304,12 +322,20 @@ def measure_profile(cell, seconds):
     for _ in range(5):  # in turns, so that a busy moment falls on both
         plain.append(fit(num, False, state)[1])
         shown.append(fit(num, True, state)[1])
+    update, start = update_of(sampler, objective, target, size, mesh)
+    state = meshes.put_everywhere(mesh, start(jax.random.key(0)))
+    whole = functools.partial(jax.jit(update), state)
+    # What is not returned is not computed.
+    bare = functools.partial(jax.jit(lambda state: update(state)[0]), state)
+    with_metrics, without_metrics = map(min, times_of(seconds, whole, bare))
     return {
         **cell,
         "best_seconds": min(plain),
         "with_bar": min(shown),
-        "simulate": min(times_of(simulate, seconds)),
-        "score": min(times_of(score, seconds)),
+        "with_metrics": with_metrics,
+        "without_metrics": without_metrics,
+        "simulate": min(*times_of(seconds, simulate)),
+        "score": min(*times_of(seconds, score)),
         "matmul_rate": matmul_rate(),
     }
 
@@ -317,17 +343,18 @@ def measure_profile(cell, seconds):
 def measure_scoring(cell, seconds):
     """The second pass of log-variance alone: densities forwards and backwards."""
     target = TARGETS[cell["target"]][0]()
-    sampler = sampler_of(cell, target)
-    params, _, score = two_passes(cell, sampler, target)
-    times, size = times_of(score, seconds), cell["batch_size"]
-    memory = cell.get("memory")
+    sampler, size = sampler_of(cell, target), cell["batch_size"]
+    mesh = meshes.as_mesh(mesh_of(cell.get("mesh")))
+    params, _, score = two_passes(cell, sampler, target, mesh)
+    (times,), memory = times_of(seconds, score), cell.get("memory")
+    rows = size // (1 if mesh is None else mesh.size)
     per_state, per_step = network_flops(sampler)
     flops = 3 * cell["num_steps"] * (size * per_state + per_step)
     return {
         **cell,
         "best_seconds": min(times),
         "seconds": float(np.median(times)),
-        "tile": list(scoring.tile_within(sampler, params, size, memory)),
+        "tile": list(scoring.tile_within(sampler, params, rows, memory)),
         "network_flops": flops,
         "rate": flops / min(times),
         "matmul_rate": matmul_rate(),
@@ -347,6 +374,7 @@ def measure_compile(cell, seconds):
         target.energy,
         batch_size=cell["batch_size"],
         num_updates=1,
+        mesh=mesh_of(cell.get("mesh")),
         progress_bar=False,
     )
     return {**cell, "compile_seconds": fit.compile_seconds}
@@ -358,6 +386,7 @@ def measure_precision(cell, seconds):
     target, scale = TARGETS[cell["target"]][0](), TARGETS[cell["target"]][1]
     exact = ds.networks.annealed_score_guided(cell["width"])
     key, found = jax.random.key(cell["seed"]), {}
+    mesh = mesh_of(cell.get("mesh"))
     networks = {"float32": exact, "bfloat16": ds.networks.reduced_precision(exact)}
     for name, network in networks.items():
         sampler = ds.samplers.dis(target.dim, 32, scale=scale, network=network)
@@ -369,10 +398,11 @@ def measure_precision(cell, seconds):
             anneal=ds.schedules.cosine_anneal,
             batch_size=cell["batch_size"],
             num_updates=1_000,
+            mesh=mesh,
             progress_bar=False,
         )
-        for_draws = jax.random.fold_in(key, 1)
-        draws = ds.draw(for_draws, sampler, fit.params, target.energy, 20_000)
+        for_draws = jax.random.fold_in(key, 1), sampler, fit.params
+        draws = ds.draw(*for_draws, target.energy, 20_000, mesh=mesh)
         weights = draws.log_weight
         found |= {
             f"{name}_elbo_gap": target.log_z - draws.log_evidence.lower,
@@ -408,46 +438,56 @@ def measure_quality(cell, seconds):
     """Seconds of training until log Z and ELBO are close, or all are spent.
 
     Looking, every hundred updates, costs no time here. Neither measure sees a mode that
-    is missing: `eubo_gap` and `mode_tv` in the end do.
+    is missing: `eubo_gap` and `mode_tv` in the end do. Where training diverges, the
+    last look counts.
     """
     factory, scale, num_steps = QUALITY[cell["target"]]
     target, key = factory(), jax.random.key(cell["seed"])
     sampler = ds.samplers.dis(target.dim, num_steps, scale=scale)
-    state, spent, reached, count = None, 0.0, False, 0
-    optimizer = optax.adam(cell["learning_rate"])
-    while spent < seconds and not reached:
-        run = ds.fit(
-            jax.random.fold_in(key, 0),
-            sampler,
-            OBJECTIVES[cell["objective"]](),
-            target.energy,
-            optimizer=optimizer,
-            batch_size=cell["batch_size"],
-            num_updates=100,
-            updates_per_chunk=100,
-            state=state,
-            progress_bar=False,
-        )
-        state, count = run.state, count + 100
+    optimizer, mesh = optax.adam(cell["learning_rate"]), mesh_of(cell.get("mesh"))
+    params = state = error = gap = None
+    spent, reached, diverged, report = 0.0, False, False, {}
+    while spent < seconds and not (reached or diverged):
+        try:
+            run = ds.fit(
+                jax.random.fold_in(key, 0),
+                sampler,
+                OBJECTIVES[cell["objective"]](),
+                target.energy,
+                optimizer=optimizer,
+                batch_size=cell["batch_size"],
+                num_updates=100,
+                updates_per_chunk=100,
+                state=state,
+                mesh=mesh,
+                progress_bar=False,
+            )
+        except ds.TrainingDiverged as exception:
+            run, diverged = exception.fit_result, True
+        state, count = run.state, int(run.state.count)
         spent += run.seconds - run.compile_seconds
-        for_draws = jax.random.fold_in(key, count)
-        draws = ds.draw(for_draws, sampler, run.params, target.energy, 4_096)
-        found = draws.log_evidence
-        error, gap = found.estimate - target.log_z, target.log_z - found.lower
-        reached = abs(error) < 0.1 and gap < 0.5
-    report = ds.evaluate(
-        jax.random.fold_in(key, 1),
-        sampler,
-        run.params,
-        target,
-        num_draws=2_000,
-        sinkhorn=False,
-    )
+        if not diverged:
+            params, for_draws = run.params, jax.random.fold_in(key, count)
+            look = for_draws, sampler, params, target.energy, 4_096
+            found = ds.draw(*look, mesh=mesh).log_evidence
+            error, gap = found.estimate - target.log_z, target.log_z - found.lower
+            reached = abs(error) < 0.1 and gap < 0.5
+    if params is not None:
+        report = ds.evaluate(
+            jax.random.fold_in(key, 1),
+            sampler,
+            params,
+            target,
+            num_draws=2_000,
+            sinkhorn=False,
+            mesh=mesh,
+        )
     per_path = sampler.evaluations_per_path
     calls = count * cell["batch_size"] * (per_path.energy + per_path.gradient)
     return {
         **cell,
         "reached": reached,
+        "diverged": diverged,
         "seconds": spent,
         "updates": count,
         "energies": calls,
@@ -455,7 +495,7 @@ def measure_quality(cell, seconds):
         "elbo_gap": gap,
         "eubo_gap": report.get("eubo_gap"),
         "mode_tv": report.get("mode_tv"),
-        "verdict": report["verdict"],
+        "verdict": report.get("verdict"),
     }
 
 
@@ -488,20 +528,19 @@ def product(**choices):
 
 
 def cells_of(args):
-    common = {"network": args.network, "width": args.width}
-    if args.bfloat16:
-        common["bfloat16"] = True
-    if args.mesh:
-        common["mesh"] = args.mesh
+    cells = _cells_of(args)
+    return cells if args.mesh is None else [{**c, "mesh": args.mesh} for c in cells]
+
+
+def _cells_of(args):
     if args.command == "quality":
-        cells = product(
+        return product(
             seed=args.seeds,
-            target=[name for name in QUALITY if name in args.targets],
+            target=args.targets,
             objective=args.objectives,
             batch_size=args.batches,
             learning_rate=args.learning_rates,
         )
-        return cells
     if args.command == "updates" and args.peers:
         shape = {"num_steps": [100], "batch_size": [512], "width": [64]}
         targets = ["gmm25", "funnel", "manywell"]
@@ -514,32 +553,28 @@ def cells_of(args):
         name = "{target} {objective} {network}"
         return [{**cell, "workload": name.format(**cell)} for cell in cells]
     if args.command == "compile":
-        samplers, shape = ["pis", "dds", "dis", "gbs", "scds"], {"num_steps": 100}
-        shape |= {"batch_size": 512, "target": "gmm25"}
-        cells = product(sampler=samplers, objective=args.objectives)
-        return [{**cell, **shape} for cell in cells]
+        steps = dict.fromkeys(["pis", "dds", "dis", "gbs", "scds"], 100) | {"cdds": 1}
+        shape = {"batch_size": 512, "target": "gmm25"}
+        cells = product(sampler=list(steps), objective=args.objectives)
+        return [{**c, "num_steps": steps[c["sampler"]], **shape} for c in cells]
     if args.command == "precision":
         targets, shape = ["gmm25", "manywell"], {"batch_size": 256, "width": 64}
         return [{**cell, **shape} for cell in product(seed=args.seeds, target=targets)]
-    cells = product(
-        target=args.targets,
-        objective=args.objectives,
-        num_steps=args.steps,
-        batch_size=args.batches,
-    )
-    if args.command != "updates":
-        for cell in cells:
-            del cell["objective"]
-        cells = [
-            dict(pairs) for pairs in dict.fromkeys(tuple(c.items()) for c in cells)
-        ]
+    choices = {"target": args.targets}
+    if args.command == "updates":
+        choices["objective"] = args.objectives
+    choices |= {"num_steps": args.steps, "batch_size": args.batches}
     if args.command == "scoring" and args.memory:
-        cells = [{**cell, "memory": m} for cell in cells for m in args.memory]
-    return [{**cell, **common} for cell in cells]
+        choices["memory"] = args.memory
+    common = {"network": args.network, "width": args.width}
+    if args.bfloat16:
+        common["bfloat16"] = True
+    return [{**cell, **common} for cell in product(**choices)]
 
 
 def run(args):
     """Measures every cell that is not in the file yet, each in a new process."""
+    mesh_of(args.mesh)  # before the work, if there are too few devices
     rows = [row for row in read(args.out) if row["command"] == args.command]
     done = {(row["cell"], row["cores"]) for row in rows}
     cores = len(os.sched_getaffinity(0))
@@ -548,7 +583,8 @@ def run(args):
         if (name, cores) in done:
             continue
         command = [sys.executable, __file__, "cell", args.command, name]
-        command += ["--seconds", str(args.seconds)]
+        if "seconds" in args:
+            command += ["--seconds", str(args.seconds)]
         begin = time.perf_counter()
         child = subprocess.run(command, capture_output=True, text=True, check=False)
         if child.returncode:
@@ -589,9 +625,9 @@ def table(args):
     if by_command["scoring"]:
         _table_of_scoring(by_command["scoring"])
     if by_command["compile"]:
-        header = ["sampler", "objective", "seconds until the first update"]
+        header = ["sampler", "objective", "cores", "seconds until the first update"]
         lines = [
-            (r["sampler"], r["objective"], f"{r['compile_seconds']:.0f}")
+            (r["sampler"], r["objective"], _cores(r), f"{r['compile_seconds']:.0f}")
             for r in by_command["compile"]
         ]
         _print_table("Compilation", header, lines)
@@ -612,6 +648,25 @@ def _print_table(title, header, lines):
     print()
 
 
+UNUSUAL = {  # what is usual, and how a table names anything else
+    "network": ("guided", "{} network"),
+    "width": (64, "width {}"),
+    "bfloat16": (False, "bfloat16"),
+    "cores": (1, "{} cores"),
+}
+
+
+def _unusual(row, *names):
+    """What is not as usual in a row, to follow its target: ", width 128"."""
+    found = [(row.get(name, UNUSUAL[name][0]), *UNUSUAL[name]) for name in names]
+    return "".join(", " + form.format(v) for v, usual, form in found if v != usual)
+
+
+def _cores(row):
+    """Cores, or devices where there are several."""
+    return row["cores"] if row.get("mesh", 1) == 1 else f"{row['mesh']} devices"
+
+
 def _table_of_updates(rows):
     header = "target objective cores K batch ms compile gradients GFLOP rate".split()
     header[-1] = "of matmul"
@@ -621,9 +676,10 @@ def _table_of_updates(rows):
         header,
         [
             (
-                f"{r['target']}, {r['dim']}-D",
-                r["objective"] + (", bfloat16" if r.get("bfloat16") else ""),
-                r["cores"] if r["num_devices"] == 1 else f"{r['num_devices']} devices",
+                f"{r['target']}, {r['dim']}-D"
+                + _unusual(r, "network", "width", "bfloat16"),
+                r["objective"],
+                _cores(r),
                 r["num_steps"],
                 r["batch_size"],
                 f"{1e3 * r['best_seconds']:.0f}",
@@ -650,7 +706,7 @@ def _table_of_peers(rows, peer_file):
         name = "-" if best is None else f"{best['peer']}, {best['cpu_ms']:.0f} ms"
         wall, mebi = 1e3 * row["best_seconds"], row["peak_bytes"] / MEBI
         ours = f"{row['cpu_ms']:.0f}", f"{row['best_cpu_ms']:.0f}", f"{wall:.0f}"
-        entry = row["workload"], row["cores"], *ours, f"{mebi:.0f}", name, ratio
+        entry = row["workload"], _cores(row), *ours, f"{mebi:.0f}", name, ratio
         lines.append(entry)
     if lines:
         header = "workload,cores,CPU ms,best CPU ms,best wall ms,peak MiB"
@@ -668,7 +724,7 @@ SCALING = {
 
 def _series(rows, name):
     """Groups of rows that differ in nothing but one number: {the others: rows}."""
-    same = ("family", "objective", "network", "width", "cores", *SCALING)
+    same = ("family", "objective", *UNUSUAL, *SCALING)
     same = tuple(s for s in same if s != name)
     if name == "num_devices":  # each with a core of its own
         rows = [row for row in rows if row["cores"] == row["num_devices"]]
@@ -676,7 +732,7 @@ def _series(rows, name):
     groups = {}
     for row in rows:
         family = row["target"].rstrip("0123456789")
-        values = {**row, "family": family}
+        values = {"bfloat16": False, **row, "family": family}
         groups.setdefault(tuple((s, values[s]) for s in same), []).append(row)
     groups = {g: sorted(m, key=lambda row: row[name]) for g, m in groups.items()}
     return {g: m for g, m in groups.items() if m[0][name] < m[-1][name]}
@@ -695,7 +751,8 @@ def _slopes(rows):
             values = dict(group) | {name: ", ".join(str(m[name]) for m in members)}
             cells = [values[s] for s in shown]
             slope = f"{_slope(members, name):.2f}"
-            lines.append((SCALING[name], values["family"], *cells, slope))
+            target = values["family"] + _unusual(values, *UNUSUAL)
+            lines.append((SCALING[name], target, *cells, slope))
     if lines:
         header = ["in", "target", "objective", *SCALING.values(), "slope"]
         _print_table("Growth of the time of an update", header, lines)
@@ -706,11 +763,15 @@ def _table_of_profiles(rows):
     for r in rows:
         rest = r["best_seconds"] - r["simulate"] - r["score"]
         parts = (r["best_seconds"], r["simulate"], r["score"], rest)
-        cell = r["target"], r["width"], r["num_steps"], r["batch_size"], r["cores"]
-        bar = f"{r['with_bar'] / r['best_seconds'] - 1:+.1%}"
-        lines.append((*cell, *(f"{1e3 * part:.1f}" for part in parts), bar))
-    header = "target,width,K,batch,cores,update ms,simulate,score,the rest,progress bar"
-    _print_table("Where the time of an update goes", header.split(","), lines)
+        target = r["target"] + _unusual(r, "network", "bfloat16")
+        cell = target, r["width"], r["num_steps"], r["batch_size"], _cores(r)
+        bar, metrics = f"{r['with_bar'] / r['best_seconds'] - 1:+.1%}", "-"
+        if "with_metrics" in r:
+            metrics = f"{r['with_metrics'] / r['without_metrics'] - 1:+.1%}"
+        lines.append((*cell, *(f"{1e3 * part:.1f}" for part in parts), metrics, bar))
+    header = "target,width,K,batch,cores,update ms,simulate,score,the rest"
+    header = [*header.split(","), "metrics", "progress bar"]
+    _print_table("Where the time of an update goes", header, lines)
 
 
 def _table_of_scoring(rows):
@@ -720,11 +781,11 @@ def _table_of_scoring(rows):
         + ["of matmul"],
         [
             (
-                r["target"],
+                r["target"] + _unusual(r, "network", "bfloat16"),
                 r["width"],
                 r["num_steps"],
                 r["batch_size"],
-                r["cores"],
+                _cores(r),
                 "{} x {}".format(*r["tile"]),
                 f"{1e3 * r['best_seconds']:.0f}",
                 f"{r['rate'] / 1e9:.0f}",
@@ -762,10 +823,10 @@ def _table_of_draws(rows):
         ["target", "K", "draws at a time", "cores", "draws per second"],
         [
             (
-                r["target"],
+                r["target"] + _unusual(r, "network", "width", "bfloat16"),
                 r["num_steps"],
                 r["batch_size"],
-                r["cores"],
+                _cores(r),
                 f"{r['draws_per_second']:,.0f}",
             )
             for r in rows
@@ -776,27 +837,31 @@ def _table_of_draws(rows):
 def _table_of_quality(rows):
     groups = {}
     for row in rows:
-        key = row["target"], row["objective"], row["batch_size"], row["learning_rate"]
+        names = "target", "objective", "batch_size", "learning_rate"
+        key = (*(row[name] for name in names), _cores(row))
         groups.setdefault(key, []).append(row)
     lines = []
     for key, members in groups.items():
+        good = [r for r in members if r["reached"]]
+        diverged = sum(r.get("diverged", False) for r in members)
+        count = f"{len(good)} of {len(members)}"
         seconds = [r["seconds"] if r["reached"] else math.inf for r in members]
-        energies = np.median([r["energies"] for r in members]) / 1e6
-        worst = [r for r in members if r["eubo_gap"] is not None]
-        eubo = f"{max(r['eubo_gap'] for r in worst):.2f}" if worst else "-"
+        energies = [r["energies"] / 1e6 for r in good]
+        eubo = [r["eubo_gap"] for r in members if r["eubo_gap"] is not None]
         modes = [r["mode_tv"] for r in members if r["mode_tv"] is not None]
         lines.append(
             (
                 *key,
-                f"{sum(r['reached'] for r in members)} of {len(members)}",
+                count + (f", {diverged} diverged" if diverged else ""),
                 f"{np.median(seconds):.0f} ({max(seconds):.0f})",
-                f"{energies:.1f}",
-                eubo,
+                f"{np.median(energies):.1f}" if energies else "-",
+                f"{max(eubo):.2f}" if eubo else "-",
                 f"{max(modes):.3f}" if modes else "-",
             )
         )
-    header = "target,objective,batch,learning rate,reached,seconds: median (worst)"
-    header = [*header.split(","), "M energies", "worst EUBO gap", "worst mode TV"]
+    header = "target,objective,batch,learning rate,cores,reached"
+    header = [*header.split(","), "seconds: median (worst)", "M energies"]
+    header += ["worst EUBO gap", "worst mode TV"]
     _print_table("Time to quality", header, lines)
 
 
@@ -813,7 +878,8 @@ def plot(args):
         for group, members in _series(rows, name).items():
             if fixed <= dict(group).items():
                 times = [1e3 * m["best_seconds"] for m in members]
-                text = f"{dict(group)['objective']}, {_slope(members, name):.2f}"
+                values, slope = dict(group), f"{_slope(members, name):.2f}"
+                text = f"{values['objective']}{_unusual(values, *UNUSUAL)}, {slope}"
                 axis.loglog([m[name] for m in members], times, "o-", label=text)
         axis.set_xlabel(label)
         if axis.lines:
@@ -823,42 +889,55 @@ def plot(args):
     figure.savefig(args.folder / "speed.png", dpi=120)
 
 
+MANY_INTS = {"nargs": "+", "type": int}
+FLAG = {"action": "store_true"}
+FORMS = {  # of options
+    "targets": {"nargs": "+"},
+    "objectives": {"nargs": "+", "choices": list(OBJECTIVES)},
+    "steps": MANY_INTS,
+    "batches": MANY_INTS,
+    "seeds": MANY_INTS,
+    "learning_rates": {"nargs": "+", "type": float},
+    "memory": {**MANY_INTS, "help": "bytes"},
+    "network": {"choices": ("guided", "vsm", "sde", "gfn")},
+    "width": {"type": int},
+    "bfloat16": FLAG,
+    "peers": FLAG,
+    "seconds": {"type": float, "help": "of training, or of measuring"},
+}
+SHAPES = {
+    **{"targets": GRID, "steps": (10, 100, 256), "batches": (512, 2_048)},
+    **{"network": "guided", "width": 64, "bfloat16": False, "seconds": 6.0},
+}
+OPTIONS = {  # of every command beside --out and --mesh, and what they are by default
+    "updates": {**SHAPES, "objectives": tuple(OBJECTIVES), "peers": False},
+    "scoring": {**SHAPES, "steps": (100,), "memory": None},
+    "profile": {**SHAPES, "steps": (100,)},
+    "compile": {"objectives": tuple(OBJECTIVES)},
+    "precision": {"seeds": (0, 1, 2)},
+    "draws": {**SHAPES, "steps": (1, 5, 100), "batches": (100_000,)},
+    "quality": {
+        **{"targets": tuple(QUALITY), "objectives": tuple(OBJECTIVES)},
+        **{"batches": (512,), "learning_rates": (1e-3,), "seeds": (0, 1, 2)},
+        "seconds": 120.0,
+    },
+}
+
+
 def parse():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     file = pathlib.Path("outputs/speed.jsonl")
-    for name in MEASURES:
+    for name, options in OPTIONS.items():
         one = commands.add_parser(name)
         one.add_argument("--out", type=pathlib.Path, default=file)
-        seconds = 120.0 if name == "quality" else 6.0  # of training, or of measuring
-        one.add_argument("--seconds", type=float, default=seconds)
-        names = QUALITY if name == "quality" else TARGETS
-        default = list(QUALITY if name == "quality" else GRID)
-        one.add_argument("--targets", nargs="+", default=default, choices=list(names))
-        objectives = list(OBJECTIVES)
-        one.add_argument("--objectives", nargs="+", default=objectives)
-        steps = {"draws": [1, 5, 100], "scoring": [100], "profile": [100]}
-        steps = steps.get(name, [10, 100, 256])
-        one.add_argument("--steps", nargs="+", type=int, default=steps)
-        batches = {"draws": [100_000], "quality": [512]}.get(name, [512, 2_048])
-        one.add_argument("--batches", nargs="+", type=int, default=batches)
-        one.add_argument("--width", type=int, default=64)
-        networks = ("guided", "vsm", "sde", "gfn")
-        one.add_argument("--network", default="guided", choices=networks)
-        one.add_argument("--bfloat16", action="store_true")
-        if name in ("updates", "draws"):
-            add_mesh_option(one)
-        else:
-            one.set_defaults(mesh=None)
-        if name == "updates":
-            one.add_argument("--peers", action="store_true")
-        if name == "scoring":
-            one.add_argument("--memory", nargs="+", type=int, help="bytes")
-        if name in ("quality", "precision"):
-            one.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-        if name == "quality":
-            rates = [1e-3]
-            one.add_argument("--learning-rates", nargs="+", type=float, default=rates)
+        add_mesh_option(one)
+        for option in options:
+            form = FORMS[option]
+            if option == "targets":
+                form = {**form, "choices": QUALITY if name == "quality" else TARGETS}
+            flag = "--" + option.replace("_", "-")
+            one.add_argument(flag, default=None, **form)  # None says: not given
         one.set_defaults(function=run)
     cell = commands.add_parser("cell")
     cell.add_argument("measure", choices=MEASURES)
@@ -873,7 +952,16 @@ def parse():
         else:
             one.add_argument("--folder", type=pathlib.Path, default=pathlib.Path("."))
         one.set_defaults(function=function)
-    return parser.parse_args()
+    args = parser.parse_args()
+    options = OPTIONS.get(args.command, {})
+    given = [option for option in options if getattr(args, option) is not None]
+    refused = [option for option in given if option not in ("peers", "seconds")]
+    if "peers" in given and refused:
+        flags = ", ".join("--" + option for option in refused)
+        parser.error(f"--peers has workloads of its own; leave out {flags}")
+    for option in options.keys() - set(given):
+        setattr(args, option, options[option])
+    return args
 
 
 def main():

@@ -8,7 +8,10 @@ import dataclasses
 import importlib.util
 import json
 import pathlib
+import re
+import shlex
 import sys
+import types
 
 import jax
 import numpy as np
@@ -80,6 +83,47 @@ def test_json_knows_no_infinity():
     row |= {"e": True, "f": "inf", "g": None}
     plain = {"a": None, "b": [None, 0], "c": {"d": 2}, "e": True, "f": "inf", "g": None}
     assert json.loads(_script("rows").dumps(row)) == plain
+
+
+@pytest.mark.parametrize("num_devices", [0, -1])
+def test_a_mesh_of_no_devices(num_devices):
+    with pytest.raises(SystemExit, match=f"at least 1, got {num_devices}"):
+        _script("rows").mesh_of(num_devices)
+
+
+def test_a_mesh_of_too_many_devices_says_how_to_get_them():
+    num = 8 * jax.device_count()
+    option = f"XLA_FLAGS=--xla_force_host_platform_device_count={num}$"
+    with pytest.raises(SystemExit, match=option):
+        _script("rows").mesh_of(num)
+
+
+RUNS = {  # the commands of every script that train, draw or time either
+    "adaptive_destruction": ("grid", "ablation"),
+    "amortised": ("run",),
+    "benchmark": ("run",),
+    "consistent": ("run",),
+    "exploration": ("run",),
+    "numpyro_posteriors": ("",),
+    "quickstart": ("",),
+    "speed": tuple(_script("speed").MEASURES),
+}
+
+
+def test_no_script_is_left_out():
+    scripts = {path.stem for path in FOLDER.glob("*.py")}
+    not_training = {"rows", "quickstart_table", "tutorial"}  # the page as it stands
+    assert scripts - not_training == set(RUNS)
+
+
+@pytest.mark.parametrize(
+    ("name", "command"), [(name, c) for name, each in RUNS.items() for c in each]
+)
+def test_what_trains_takes_a_mesh(name, command, arguments, capsys):
+    arguments(*command.split(), "--help")
+    with pytest.raises(SystemExit):
+        _script(name).main()
+    assert "[--mesh N]" in capsys.readouterr().out
 
 
 ROW = {
@@ -515,7 +559,11 @@ def test_a_small_run_of_consistent(tmp_path, arguments, monkeypatch, capsys):
 
 
 def test_operations_of_a_network_are_those_of_its_matrices():
-    """Per state 2 (D H + 2 H^2 + H D), per step 2 (4 H^2 of time, and the scale's)."""
+    """Per state 2 (D H + 2 H^2 + H D), per step 2 (3 H^2) of time.
+
+    The 2 H Fourier features of a time take 2 H^2, the layer after them H^2; the scale
+    of a score takes as much, and H D more.
+    """
     script, dim, width = _script("speed"), 3, 16
     sampler = ds.samplers.pis(dim, 4, network=ds.networks.free(width, depth=2))
     per_state = 2 * (dim * width + 2 * width**2 + width * dim)
@@ -532,12 +580,11 @@ def _speed_row(command, **fields):
 
 
 def _update_row(num_steps, batch_size, seconds, **fields):
-    usual = {"target": "gmm25", "dim": 2, "cores": 1, "num_devices": 1}
+    usual = {"target": "gmm25", "dim": 2, "cores": 1, "num_devices": 1, "width": 64}
     return _speed_row(
         "updates",
         objective="log_variance",
         network="guided",
-        width=64,
         num_steps=num_steps,
         batch_size=batch_size,
         best_seconds=seconds,
@@ -561,17 +608,34 @@ def test_table_of_speed(tmp_path, arguments, capsys):
     rows = [_update_row(100, 512, 0.1), _update_row(10, 512, 0.01)]
     wells = {"target": "manywell8", "dim": 8}, {"target": "manywell", "dim": 32}
     rows += [_update_row(5, 8, s, **w) for s, w in zip((0.1, 0.2), wells, strict=True)]
-    two = {"cores": 2, "num_devices": 2}
+    two = {"cores": 2, "num_devices": 2, "mesh": 2}
     rows += [_update_row(100, 512, 0.05, **two), _update_row(100, 512, 0.2, cores=2)]
+    for seconds, change in ((0.3, {"width": 128}), (0.4, {"bfloat16": True})):
+        rows += [_update_row(100, 512, seconds, **change)]
+        rows += [_update_row(10, 512, seconds / 4, **change)]
     rows += [_update_row(100, 512, 0.1, workload="gmm25 log_variance vsm")]
     draws = {"num_steps": 1, "batch_size": 10, "cores": 1, "draws_per_second": 5e5}
     rows += [_speed_row("draws", target="gmm25", **draws)]
+    rows += [_speed_row("compile", sampler="dds", objective="log_variance", cores=2)]
+    rows[-1]["compile_seconds"] = 9.0
+    profile = {"best_seconds": 0.1, "simulate": 0.03, "score": 0.06, "with_bar": 0.101}
+    profile |= {"width": 64, "num_steps": 9, "batch_size": 8, "cores": 1}
+    metrics = {"with_metrics": 0.102, "without_metrics": 0.1}
+    rows += [_speed_row("profile", target="gmm25", **profile, **metrics)]
+    rows += [_speed_row("profile", target="funnel", **profile)]  # measured before
     quality = {"objective": "reverse_kl", "batch_size": 8, "learning_rate": 0.1}
-    quality |= {"energies": 2e6, "eubo_gap": 0.25, "mode_tv": None}
+    quality |= {"eubo_gap": 0.25, "mode_tv": None, "cores": 1}
+    runs = [("gmm9", 3.0, True), ("gmm9", 5.0, True), ("gmm9", 60.0, False)]
     rows += [
-        _speed_row("quality", target="gmm9", seed=i, seconds=s, reached=r, **quality)
-        for i, (s, r) in enumerate([(3.0, True), (5.0, True), (60.0, False)])
+        _speed_row(
+            "quality", target=t, seconds=s, reached=r, energies=s * 1e6, **quality
+        )
+        for t, s, r in [*runs, ("mw54", 60.0, False)]
     ]
+    rows += [
+        _speed_row("quality", target="mw54", seconds=7.0, reached=False, **quality)
+    ]
+    rows[-1] |= {"energies": 7e6, "eubo_gap": None, "diverged": True}
     out.write_text("".join(json.dumps(row) + "\n" for row in rows))
     peer = {"workload": "gmm25 log_variance vsm", "peer": "other", "cpu_ms": 200.0}
     peers.write_text(json.dumps(peer) + "\n" + json.dumps(peer | {"cpu_ms": 400.0}))
@@ -586,8 +650,57 @@ def test_table_of_speed(tmp_path, arguments, capsys):
     assert "| manywell | log_variance | 5 | 8 | 8, 32 | 1 | 0.50 |" in said
     assert f"| devices {same} 100 | 512 | 2 | 1, 2 | -1.00 |" in said
     assert said.count("| -1.00 |") == 1  # a device with two cores is no half of them
+    for unusual in ("width 128", "bfloat16"):
+        assert f"| gmm25, 2-D, {unusual} | log_variance | 1 | 100 | 512 |" in said
+        line = f"| gmm, {unusual} | log_variance | 10, 100 | 512 | 2 | 1 | 0.60 |"
+        assert line in said
+    assert "| gmm25, 2-D | log_variance | 2 devices | 100 | 512 | 50 |" in said
+    assert "| dds | log_variance | 2 | 9 |" in said
+    assert (
+        "| gmm25 | 64 | 9 | 8 | 1 | 100.0 | 30.0 | 60.0 | 10.0 | +2.0% | +1.0% |"
+        in said
+    )
+    assert "| 10.0 | - | +1.0% |" in said
     assert "| gmm25 | 1 | 10 | 1 | 500,000 |" in said
-    assert "| 2 of 3 | 5 (inf) | 2.0 | 0.25 | - |" in said
+    assert "| 1 | 2 of 3 | 5 (inf) | 4.0 | 0.25 | - |" in said
+    assert "| 1 | 0 of 2, 1 diverged | inf (inf) | - | 0.25 | - |" in said
+
+
+def test_quality_of_a_run_that_diverges(monkeypatch):
+    """The row stays, with what was known at the last look."""
+    script, starts = _script("speed"), []
+
+    def fit(key, sampler, objective, energy, *, state, **options):
+        starts.append(state)
+        count = 0 if state is None else int(state.count)
+        params = sampler.init(key) if len(starts) < 3 else None
+        run = types.SimpleNamespace(
+            params=params,
+            state=types.SimpleNamespace(count=count + options["num_updates"]),
+            seconds=3.0,
+            compile_seconds=2.0,
+        )
+        if params is None:
+            error = ds.TrainingDiverged("NaN", run.state)
+            error.fit_result = run
+            raise error
+        return run
+
+    evidence = types.SimpleNamespace(estimate=-5.0, lower=-7.0)
+    draws = types.SimpleNamespace(log_evidence=evidence)
+    report = {"eubo_gap": 4.0, "verdict": "do not trust"}
+    monkeypatch.setattr(script.ds, "fit", fit)
+    monkeypatch.setattr(script.ds, "draw", lambda *_, **__: draws)
+    monkeypatch.setattr(script.ds, "evaluate", lambda *_, **__: report)
+    cell = {"target": "gmm9", "objective": "reverse_kl", "batch_size": 8, "seed": 0}
+    row = script.measure_quality(cell | {"learning_rate": 1.0}, 60.0)
+    assert (row["reached"], row["diverged"]) == (False, True)
+    assert (row["seconds"], row["updates"], len(starts)) == (3.0, 300, 3)
+    assert (row["log_z_error"], row["elbo_gap"], row["eubo_gap"]) == (-5.0, 7.0, 4.0)
+    starts[:] = [None, None]  # now it diverges before the first look
+    row = script.measure_quality(cell | {"learning_rate": 1.0}, 60.0)
+    assert (row["diverged"], row["updates"], row["seconds"]) == (True, 100, 1.0)
+    assert row["log_z_error"] is row["elbo_gap"] is row["verdict"] is None
 
 
 def test_workloads_of_other_programs(arguments):
@@ -596,6 +709,45 @@ def test_workloads_of_other_programs(arguments):
     names = {cell["workload"] for cell in script.cells_of(script.parse())}
     peers = script.read(FOLDER / "peers.jsonl")
     assert {peer["workload"] for peer in peers} <= names
+
+
+def test_cells_of_speed_with_a_mesh(arguments):
+    script = _script("speed")
+    for command in script.MEASURES:
+        arguments(command, "--mesh", 2)
+        assert {cell["mesh"] for cell in script.cells_of(script.parse())} == {2}
+    arguments("updates", "--peers", "--mesh", 2, "--seconds", 1)
+    assert {cell["mesh"] for cell in script.cells_of(script.parse())} == {2}
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "compile --targets gmm25",
+        "compile --seconds 1",
+        "precision --steps 4",
+        "quality --width 8",
+        "draws --objectives log_variance",
+        "updates --peers --targets gmm25",
+        "updates --bfloat16 --peers",
+    ],
+)
+def test_options_that_a_command_of_speed_does_not_use(words, arguments, capsys):
+    arguments(*words.split())
+    with pytest.raises(SystemExit):
+        _script("speed").parse()
+    flag = re.search(r"--(?!peers)\w+", words).group()
+    assert flag in capsys.readouterr().err
+
+
+def test_commands_of_the_page_on_speed_parse(arguments):
+    page = FOLDER.parent / "docs" / "benchmarks" / "speed.md"
+    text = page.read_text().replace("\\\n", "").replace("[", "").replace("]", "")
+    commands = re.findall(r"^.*experiments/speed\.py (.*)$", text, re.M)
+    assert len(commands) > 5
+    for command in commands:
+        arguments(*shlex.split(command, comments=True))
+        _script("speed").parse()
 
 
 def test_a_speed_cell_that_fails_is_named(tmp_path, arguments, capfd):
