@@ -55,7 +55,15 @@ from diffsamp.numpyro.target import ModelTarget, target_from_model
 from diffsamp.sampler import Bounds, Sampler
 from diffsamp.summary import summary as table
 from diffsamp.summary import verdict_lines
-from diffsamp.types import Behaviour, Cost, Key, LogEvidence, Objective, Params
+from diffsamp.types import (
+    Behaviour,
+    Cost,
+    Key,
+    LogEvidence,
+    Objective,
+    Params,
+    as_count,
+)
 
 # Shares of the budget, and of each the share for the stage by forward KL.
 ROUNDS = ((0.15, 0.5), (0.3, 0.6), (0.55, 0.7))
@@ -178,6 +186,8 @@ class DiffusionSampler:
         self._num_steps = num_steps
         self._num_particles = num_particles
         self._max_seconds = max_seconds
+        if max_energy_evaluations is not None:
+            as_count("max_energy_evaluations", max_energy_evaluations)
         self._max_energy_evaluations = max_energy_evaluations
         self._init_strategy = init_strategy
         self._mesh = mesh

@@ -210,6 +210,10 @@ def test_before_anything_is_done():
     [
         (lambda: DiffusionSampler(3), "model must be a NumPyro model, got"),
         (lambda: DiffusionSampler(model, max_seconds=0.0), "max_seconds must be pos"),
+        (
+            lambda: DiffusionSampler(model, max_energy_evaluations=1e6),
+            "max_energy_evaluations must be an integer",
+        ),
         (lambda: small(model).run(jax.random.key(0), 0), "num_samples must be at le"),
     ],
 )
