@@ -178,8 +178,8 @@ def test_good_energies_pass():
     ("arguments", "match"),
     [
         ({"energy": 1.0, "dim": 2}, "energy must be callable"),
-        ({"energy": gaussian, "dim": 0}, "dim must be a positive integer"),
-        ({"energy": gaussian, "dim": 2.5}, "dim must be a positive integer"),
+        ({"energy": gaussian, "dim": 0}, "dim must be at least 1, got 0"),
+        ({"energy": gaussian, "dim": 2.5}, r"dim must be an integer, got 2\.5"),
     ],
 )
 def test_bad_targets_are_explained(arguments, match):
