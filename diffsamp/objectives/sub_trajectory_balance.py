@@ -75,7 +75,7 @@ def sub_trajectory_balance(
         def pieces_from(start):  # one start at a time: all at once are [B, K+1, K+1]
             begin = jnp.take(cumulative, start, axis=1)
             values = half_square(begin[:, None] - cumulative, huber)
-            return values @ weight[start]
+            return jnp.sum(values * weight[start][None], axis=1)
 
         values = jnp.sum(jax.lax.map(pieces_from, jnp.arange(num_steps)), axis=0)
         return row_mean(values, rows), metrics
