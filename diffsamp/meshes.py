@@ -8,6 +8,7 @@ others waiting.
 
 from __future__ import annotations
 
+import os
 from typing import Any, TypeVar
 
 import jax
@@ -168,6 +169,15 @@ def total(mesh: Mesh, tree: Tree) -> Tree:
 def on_cpu() -> bool:
     """Whether arrays are on CPUs unless one says otherwise."""
     return jax.default_backend() == "cpu"
+
+
+def cores_of_device() -> int:
+    """How many cores of this machine, that this process may use, a CPU device has."""
+    try:
+        num_cores = len(os.sched_getaffinity(0))
+    except AttributeError:  # outside Linux
+        num_cores = os.cpu_count() or 1
+    return max(1, num_cores // jax.local_device_count("cpu"))
 
 
 def _hosts(mesh: Mesh) -> set[int]:

@@ -5,8 +5,9 @@ d_bk of the steps k of given paths b alone, so that its gradient is the sum over
 ``(dL / dd_bk) (dd_bk / dparams)``, and one term needs nothing of the others but
 numbers. Backwards, therefore, a tile of some rows and some steps is evaluated and
 differentiated, its gradient added up, and forgotten: memory is that of one tile,
-whatever K and B. Tiles fit a budget. On a CPU this is the cache of a core, and the pass
-then runs at the speed of arithmetic instead of that of memory.
+whatever K and B. Tiles fit a budget. Where a device is one core, this is the cache of
+that core, and the pass then runs at the speed of arithmetic instead of that of memory.
+Several cores share every operation of a tile, and it has to be worth the sharing.
 
 Forwards, a path that has just been simulated with the same parameters needs nothing at
 all: its simulation came by the densities (`Path.densities`).
@@ -23,7 +24,8 @@ import numpy as np
 from diffsamp import meshes
 from diffsamp.types import Array, Densities, Params, Path, Trajectory
 
-CPU_MEMORY = 2**20
+CORE_MEMORY = 2**20
+CORES_MEMORY = 2**24
 DEVICE_MEMORY = 2**30
 FEWEST_ROWS = 128  # in a tile, unless a budget asks for fewer
 
@@ -120,7 +122,9 @@ def tile_within(
 
 def default_memory() -> int:
     """Bytes that suit the backend."""
-    return CPU_MEMORY if meshes.on_cpu() else DEVICE_MEMORY
+    if not meshes.on_cpu():
+        return DEVICE_MEMORY
+    return CORE_MEMORY if meshes.cores_of_device() == 1 else CORES_MEMORY
 
 
 def bytes_per_step(sampler: Any, params: Params) -> int:

@@ -707,7 +707,12 @@ def _temporary_bytes(objective, num_steps, batch_size=256):
         2, num_steps, network=ds.networks.annealed_score_guided(width=32)
     )
     recipe = ds.training.Recipe(
-        sampler, objective, ds.behaviours.on_policy(), optax.adam(1e-3), batch_size
+        sampler,
+        objective,
+        ds.behaviours.on_policy(),
+        optax.adam(1e-3),
+        batch_size,
+        memory_budget=2**20,
     )
     energy = ds.targets.gmm9().energy
     state, _ = jax.eval_shape(
