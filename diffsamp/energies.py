@@ -112,10 +112,19 @@ def check_energy(
             f"energy must return a floating-point number, got {out.dtype}; "
             "convert integer data to float"
         )
+    points = jax.ShapeDtypeStruct((2, dim), dtype)
+    try:
+        jax.eval_shape(jax.vmap(energy), points)
+    except Exception as error:
+        raise ValueError(
+            "energy works on one point but not under jax.vmap "
+            f"({type(error).__name__}: {error}). Give jax.pure_callback a vmap_method, "
+            'for instance "sequential"'
+        ) from error
     if not gradient:
         return
     try:
-        jax.eval_shape(jax.grad(energy), point)
+        jax.eval_shape(jax.vmap(jax.grad(energy)), points)
     except Exception as error:
         raise ValueError(
             "energy has a value but no gradient, which this sampler's networks are "

@@ -147,6 +147,16 @@ def test_an_energy_that_jax_cannot_trace():
     np.testing.assert_allclose(drawn.log_weight, same.log_weight, rtol=1e-5)
 
 
+def test_an_energy_of_one_point_only():
+    def energy(x):
+        shape = jax.ShapeDtypeStruct((), x.dtype)
+        return jax.pure_callback(lambda x: np.sum(x, dtype=x.dtype), shape, x)
+
+    assert energy(jnp.ones(2)) == 2
+    with pytest.raises(ValueError, match=r"jax\.vmap.*a vmap_method"):
+        check_energy(energy, 2, jnp.float32)
+
+
 def test_an_energy_without_a_gradient():
     sampler = ds.samplers.dis(2, 4, network=ds.networks.score_guided(width=8, depth=1))
     params, key = sampler.init(jax.random.key(0)), jax.random.key(1)

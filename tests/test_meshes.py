@@ -118,12 +118,17 @@ def test_the_same_on_any_number_of_devices(own_loss_alone, tmp_path, sizes, opti
                  for n, k in ((2, 1), (8, 5))]
         eight = fit(mesh_of(8), 2, checkpoint=path, memory_budget=each)
         two = fit(mesh_of(2), checkpoint=path, memory_budget=5 * each)
+        try:
+            fit(mesh_of(3))
+        except ValueError as error:
+            refused = str(error)
         print(json.dumps({
             "devices": [len(r.state.count.sharding.device_set) for r in (eight, two)],
             "counts": [r.num_network_evaluations for r in (eight, two)],
             "loss": two.metrics["loss"].tolist(),
             "draws": [draw(two.params, m) for m in (None, *map(mesh_of, sizes))],
             "tiles": tiles,
+            "refused": refused,
         }))
         """
     settings = {"XLA_FLAGS": f"{DEVICES}8", "FILE": str(tmp_path / "run")}
@@ -133,6 +138,7 @@ def test_the_same_on_any_number_of_devices(own_loss_alone, tmp_path, sizes, opti
         found = program.result()
     assert found["tiles"] == [[1, 1], [4, 1]]  # rows on each device, and steps
     assert found["devices"] == [8, 2]
+    assert "batch_size=16 cannot be spread evenly over the 3" in found["refused"]
     assert np.diff(found["counts"]) == 2 * 16 * 4 * 2  # passes, rows, steps, updates
     np.testing.assert_allclose(found["loss"], own_loss_alone, rtol=1e-4)
     assert all(drawn == found["draws"][0] for drawn in found["draws"])  # bit by bit
@@ -176,6 +182,11 @@ def test_two_processes_on_the_loopback_interface(loss_alone, tmp_path):
 
         result = fit(mesh, 8, callback=callback, checkpoint=os.environ["FILE"])
         timed = fit(mesh, None, max_seconds=0.5)
+        wrote = os.path.exists(os.environ["FILE"])
+        try:
+            fit(mesh, 8, checkpoint=os.environ["FILE"])
+        except RuntimeError as error:
+            refused = str(error)
         print(json.dumps({
             "devices": [jax.local_device_count(), jax.device_count()],
             "loss": result.metrics["loss"].tolist(),
@@ -183,7 +194,8 @@ def test_two_processes_on_the_loopback_interface(loss_alone, tmp_path):
             "timed": timed.metrics["loss"].tolist(),
             "seen": seen,
             "stopped_by": [result.stopped_by, timed.stopped_by],
-            "wrote": os.path.exists(os.environ["FILE"]),
+            "wrote": wrote,
+            "refused": refused,
         }))
         """
     common = {"ADDRESS": f"127.0.0.1:{port}", "XLA_FLAGS": f"{DEVICES}2"}
@@ -195,6 +207,8 @@ def test_two_processes_on_the_loopback_interface(loss_alone, tmp_path):
         found, other = first.result(), second.result()
     assert found.pop("wrote")
     assert not other.pop("wrote")
+    for result in (found, other):  # each has a file of its own
+        assert "do not find the same file at" in result.pop("refused")
     assert found == other
     assert found["devices"] == [2, 4]
     assert found["seen"] == [2, 4]  # the first process stopped both
