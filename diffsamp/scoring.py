@@ -25,7 +25,7 @@ from diffsamp import meshes
 from diffsamp.types import Array, Densities, Params, Path, Trajectory
 
 CORE_MEMORY = 2**20
-CORES_MEMORY = 2**24
+CORES_MEMORY = 2**25
 DEVICE_MEMORY = 2**30
 FEWEST_ROWS = 128  # in a tile, unless a budget asks for fewer
 

@@ -198,16 +198,29 @@ def parse():
     parser.add_argument("--objective", choices=OBJECTIVES, default="log_variance")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=pathlib.Path, default="outputs/quickstart")
-    parser.add_argument("--seconds", type=float, default=65.0, help="of updates")
-    parser.add_argument("--num-draws", type=int, default=20_000)
+    by_default = (
+        "of updates; by default 65, or fewer where all would take over 3 minutes"
+    )
+    parser.add_argument("--seconds", type=float, help=by_default)
+    parser.add_argument("--num-draws", type=int, default=100_000)
     parser.add_argument("--num-particles", type=int, default=2_048)
     add_mesh_option(parser)
     args = parser.parse_args()
     for name in ("num_steps", "seconds", "num_draws", "num_particles"):
-        if not getattr(args, name) > 0:
+        value = getattr(args, name)
+        if value is not None and not value > 0:
             option = "--" + name.replace("_", "-")
-            parser.error(f"{option} must be positive, got {getattr(args, name)}")
+            parser.error(f"{option} must be positive, got {value}")
     return args
+
+
+def seconds_that_fit(elapsed):
+    """Of training, so that all ends within three minutes; but 20 in any case.
+
+    What follows (compilation, draws, figure) takes about two thirds as long as what
+    comes before.
+    """
+    return float(np.clip(170 - elapsed * 5 / 3, 20, 65))
 
 
 def main():
@@ -225,6 +238,8 @@ def main():
     print("tempered SMC to seed and to probe ...", flush=True)
     particles = run_smc(keys[1], target, args.num_particles)
     probe = run_smc(keys[2], target, args.num_particles)
+    if args.seconds is None:
+        args.seconds = seconds_that_fit(time.perf_counter() - begin)
     sampler, warm, fit = train(keys[3], target, particles, args)
     mesh = mesh_of(args.mesh)
     ds.save(file, sampler, fit.params)

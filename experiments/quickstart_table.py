@@ -66,9 +66,11 @@ def main():
     for row in rows:
         print(f"* seed {row['seed']}: {row['verdict']}")
     first = rows[0]
+    trained = sorted({f"{row['training_seconds']:.0f}" for row in rows}, key=float)
     print(
         f"\n{first['target']}, {first['num_steps']} steps, {first['objective']}, "
-        f"{first['training_seconds']:.0f} s of training, {first['num_draws']:,} draws, "
+        f"{' to '.join(trained[:: len(trained) - 1 or 1])} s of training, "
+        f"{first['num_draws']:,} draws, "
         f"{described(first)}."
     )
 

@@ -202,12 +202,14 @@ def measure_updates(cell, seconds):
             **options,
         )
 
-    first = fit(1, updates_per_chunk=100)
-    warm = fit(2, updates_per_chunk=100, state=first.state)
-    once = (warm.seconds - warm.compile_seconds) / 2
+    first = warm = fit(1, updates_per_chunk=100)
+    once, repeats = first.seconds - first.compile_seconds, 1
+    if once < seconds:  # else one more run, of one update, says enough
+        warm, repeats = fit(2, updates_per_chunk=100, state=first.state), 3
+        once = (warm.seconds - warm.compile_seconds) / 2
     num = int(np.clip(seconds / 3 / once, 1, 100))
     walls, cpus = [], []
-    for _ in range(3):
+    for _ in range(repeats):
         cpu = time.process_time()
         run = fit(num, updates_per_chunk=100, state=warm.state)
         cpus.append((time.process_time() - cpu) / num)
@@ -233,6 +235,7 @@ def measure_updates(cell, seconds):
         "temporary_bytes": temporary_bytes(sampler, objective, target, size),
         "stored_bytes": stored,
         "peak_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+        "repeats": repeats,
         "num_devices": 1 if mesh is None else mesh.size,
     }
 
