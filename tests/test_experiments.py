@@ -78,6 +78,11 @@ def test_options_of_the_quickstart(quickstart, arguments):
         quickstart.parse()
 
 
+@pytest.mark.parametrize(("elapsed", "expected"), [(30, 65), (72, 50), (120, 20)])
+def test_training_shortens_where_the_machine_is_slow(quickstart, elapsed, expected):
+    assert quickstart.seconds_that_fit(elapsed) == expected
+
+
 def test_json_knows_no_infinity():
     row = {"a": np.float32("inf"), "b": [float("nan"), 0], "c": {"d": np.int32(2)}}
     row |= {"e": True, "f": "inf", "g": None}

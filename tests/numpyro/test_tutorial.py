@@ -1,4 +1,7 @@
-"""The tutorial's code runs as printed, on a smaller budget."""
+"""The tutorial's code runs as printed, on a smaller budget.
+
+Too long for the fast tests; `.ci/run` has it as a step of its own.
+"""
 
 import importlib.util
 import pathlib
@@ -32,6 +35,7 @@ def shortened(code):
     return re.sub(r"(num_(?:warmup|samples)=)\d+", r"\g<1>100", code)
 
 
+@pytest.mark.slow
 def test_its_code_runs_and_its_answer_is_near():
     module = tutorial()
     with warnings.catch_warnings():
