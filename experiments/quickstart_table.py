@@ -66,10 +66,11 @@ def main():
     for row in rows:
         print(f"* seed {row['seed']}: {row['verdict']}")
     first = rows[0]
-    trained = sorted({f"{row['training_seconds']:.0f}" for row in rows}, key=float)
+    trained = [row["training_seconds"] for row in rows]
+    trained = dict.fromkeys(f"{extreme(trained):.0f}" for extreme in (min, max))
     print(
         f"\n{first['target']}, {first['num_steps']} steps, {first['objective']}, "
-        f"{' to '.join(trained[:: len(trained) - 1 or 1])} s of training, "
+        f"{' to '.join(trained)} s of training, "
         f"{first['num_draws']:,} draws, "
         f"{described(first)}."
     )
