@@ -9,13 +9,16 @@
 * float32 is the default; the fixture `x64` turns on float64 within one test.
 * Progress bars are off (``CI`` is set) and no compilation cache is used.
 * The fast tests mostly wait for XLA's compiler. By themselves they run without most of
-  its optimisations and its newest code generator, in half the time; together with the
-  slow ones, every night, all run as compiled for users.
+  its optimisations, its newest code generator and its threads, in half the time;
+  together with the slow ones, every night, all run as compiled for users.
+* Tracing makes millions of small objects, and Python's default is to look for garbage
+  after every 700 of them, a tenth of the time of the tests.
 
 Doctests of the package are outside this folder: they run as a user's session would.
 """
 
 import contextlib
+import gc
 import os
 import pathlib
 
@@ -28,6 +31,8 @@ import jax
 import jaxlib.version
 import numpy as np
 import pytest
+
+gc.set_threshold(200_000, 20, 50)
 
 SEED = 0
 _MANY_MAPS = 25_000
@@ -53,11 +58,14 @@ def pytest_configure(config):
     if config.option.markexpr != "not slow":
         return
     jax.config.update("jax_disable_most_optimizations", True)
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # of the processes of tests
     # Read when the first array is made. An XLA that does not know a flag ends the
     # process, so later ones than those tried do without.
     if jaxlib.version.__version_info__ < (0, 11):
         before = os.environ.get("XLA_FLAGS", "")
-        os.environ["XLA_FLAGS"] = f"{before} --xla_cpu_use_fusion_emitters=false"
+        flags = "--xla_cpu_use_fusion_emitters=false"
+        flags += " --xla_cpu_parallel_codegen_split_count=1"
+        os.environ["XLA_FLAGS"] = f"{before} {flags}"
 
 
 def _relaxed(item) -> set[str]:

@@ -40,10 +40,10 @@ def test_each_count_has_its_turn_and_its_own_weights():
         return objective.loss({"sampler": params, "objective": {}}, (), batch)
 
     values = []
+    ends = half_on_policy(params).paths.xs[:, -1]
     for count in range(3):
         value, metrics = run(params, jnp.asarray(count))
         values.append(float(value))
-        ends = half_on_policy(params).paths.xs[:, -1]
         np.testing.assert_allclose(metrics["ends"][4:], ends[4:], rtol=1e-5)
         assert not np.any(np.isclose(metrics["ends"][:4], ends[:4]))
         assert (int(metrics["cost"].energy), int(metrics["cost"].gradient)) == (16, 0)

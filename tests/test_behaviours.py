@@ -169,7 +169,7 @@ def test_equal_arguments_give_one_behaviour(name):
     assert BEHAVIOURS[name]() is BEHAVIOURS[name]()
 
 
-@pytest.mark.parametrize("name", mostly_slow(BEHAVIOURS, "mixture"))
+@pytest.mark.parametrize("name", mostly_slow(BEHAVIOURS, "replay"))
 def test_training_with_it_is_deterministic(name):
     behaviour = trainable(name)
     runs = [

@@ -151,7 +151,7 @@ def _assert_mean_is_one(log_ratio):
     assert abs(ratio.mean() - 1.0) < 4 * standard_error
 
 
-@pytest.mark.parametrize("num_steps", mostly_slow([1, 2, 5, 100], 1, 100))
+@pytest.mark.parametrize("num_steps", mostly_slow([1, 2, 5, 100], 1, 5))
 @pytest.mark.parametrize("name", PROCESSES)
 def test_mean_weight_is_z(name, num_steps):
     log_weight = _generated(name, num_steps)

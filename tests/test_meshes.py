@@ -21,7 +21,13 @@ import diffsamp as ds
 from diffsamp import meshes
 
 ROOT = pathlib.Path(__file__).parents[1]
-DEVICES = "--xla_force_host_platform_device_count="
+
+
+def devices(num):
+    """XLA's flags of this process, and that there be so many virtual devices."""
+    before = os.environ.get("XLA_FLAGS", "")
+    return f"{before} --xla_force_host_platform_device_count={num}"
+
 
 COMMON = textwrap.dedent(
     """
@@ -131,7 +137,7 @@ def test_the_same_on_any_number_of_devices(own_loss_alone, tmp_path, sizes, opti
             "refused": refused,
         }))
         """
-    settings = {"XLA_FLAGS": f"{DEVICES}8", "FILE": str(tmp_path / "run")}
+    settings = {"XLA_FLAGS": devices(8), "FILE": str(tmp_path / "run")}
     settings["SIZES"] = json.dumps(sizes)
     settings["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "0" if optimised else "1"
     with _Program(code, **settings) as program:
@@ -158,7 +164,7 @@ def test_a_report_is_the_same_on_many_devices():
         names = "elbo", "eubo", "log_z", "ess", "w2", "mode_tv"
         print(json.dumps([[float(r[name]) for name in names] for r in reports]))
         """
-    with _Program(code, XLA_FLAGS=f"{DEVICES}8") as program:
+    with _Program(code, XLA_FLAGS=devices(8)) as program:
         alone, spread = program.result()
     np.testing.assert_array_equal(alone, spread)
 
@@ -198,7 +204,7 @@ def test_two_processes_on_the_loopback_interface(loss_alone, tmp_path):
             "refused": refused,
         }))
         """
-    common = {"ADDRESS": f"127.0.0.1:{port}", "XLA_FLAGS": f"{DEVICES}2"}
+    common = {"ADDRESS": f"127.0.0.1:{port}", "XLA_FLAGS": devices(2)}
     files = [str(tmp_path / name) for name in ("of_first", "of_second")]
     with (
         _Program(code, before, NUMBER="0", FILE=files[0], **common) as first,

@@ -17,12 +17,12 @@ def test_products_are_rounded_and_nothing_else():
     params = perturbed(EXACT.init(jax.random.key(0), 2, 0), 0.3)
     x, t = jnp.array([0.3, -1.7]), jnp.array(0.4)
     seen = Context(jnp.array([1.0, -0.5]), jnp.array(0.5), None)
-    exact, rounded = (n(params, x, t, seen) for n in (EXACT, ROUNDED))
+    exact, rounded = (jax.jit(n)(params, x, t, seen) for n in (EXACT, ROUNDED))
     assert rounded.dtype == jnp.float32
     assert np.all(exact != rounded)
     np.testing.assert_allclose(rounded, exact, rtol=0.1, atol=0.02)
     slopes = [
-        jax.grad(lambda p, n=n: jnp.sum(n(p, x, t, seen)))(params)
+        jax.jit(jax.grad(lambda p, n=n: jnp.sum(n(p, x, t, seen))))(params)
         for n in (EXACT, ROUNDED)
     ]
     for a, b in zip(*map(jax.tree.leaves, slopes), strict=True):
@@ -38,8 +38,13 @@ def test_weights_are_those_of_the_rounded_network():
     found = draws.log_evidence
     assert draws.log_weight.dtype == np.float32
     assert abs(found.estimate - LOG_Z) < 4 * found.standard_error < 0.3
-    trajectory = sampler(params, jax.random.key(2), skewed_energy)
-    again = sampler.score(params, trajectory.xs, skewed_energy)
+
+    @jax.jit
+    def both(params, key):
+        trajectory = sampler(params, key, skewed_energy)
+        return trajectory, sampler.score(params, trajectory.xs, skewed_energy)
+
+    trajectory, again = both(params, jax.random.key(2))
     np.testing.assert_allclose(again.log_weight, trajectory.log_weight, atol=0.05)
 
 

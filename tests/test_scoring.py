@@ -74,12 +74,13 @@ def _check_sampler(name):
         _assert_same(found, expected)
 
 
-@pytest.mark.parametrize("name", mostly_slow(SAMPLERS, "pis", "dis_shared"))
+@pytest.mark.parametrize("name", mostly_slow(SAMPLERS, "dis_shared"))
 def test_the_gradient_is_the_naive_one(name):
     _check_sampler(name)
 
 
-@pytest.mark.parametrize("name", mostly_slow(SAMPLERS, "dds_learned"))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SAMPLERS)
 def test_the_gradient_is_the_naive_one_in_double_precision(name, x64):
     _check_sampler(name)
 

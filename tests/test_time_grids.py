@@ -34,6 +34,7 @@ def sampler_on(grid, num_steps=6):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.relaxed("dtypes")
 def test_a_bad_grid_gets_better():
     """The geometric schedule is built so that uniform times are about optimal."""

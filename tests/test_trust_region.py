@@ -89,7 +89,8 @@ def test_the_loss_of_a_round(x64):
         np.testing.assert_allclose(a, state.exponent * b, rtol=1e-8, atol=1e-10)
 
     moved = perturbed(params, 0.1, seed=2)
-    before, after = (batch_of(own, p).trajectories for p in (params, moved))
+    score = jax.jit(lambda params: batch_of(own, params).trajectories)
+    before, after = score(params), score(moved)
     log_ratio = np.sum(np.asarray(after.log_generation - before.log_generation), axis=1)
     tilt = float(state.exponent) * np.asarray(before.log_weight)
     (value, _), _ = gradients(moved)

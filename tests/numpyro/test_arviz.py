@@ -32,7 +32,7 @@ def model(y=None):
 @pytest.fixture(scope="module")
 def inference():
     made = DiffusionSampler(model, num_steps=2, num_particles=64)
-    made.fit(jax.random.key(0), 4, y=Y, progress_bar=False)
+    made.fit(jax.random.key(0), 1, y=Y, progress_bar=False)
     made.run(jax.random.key(1), 50, y=Y)
     return made
 
