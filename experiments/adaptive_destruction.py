@@ -64,6 +64,8 @@ class Setting:
     """How a sampler is trained; the axes of the ablation."""
 
     objective: str = "jeffreys"
+    reverse_weight: float = 1.0
+    reverse_after: int = 0
     behaviour: str = "seeded"
     shared_backbone: bool = False
     destruction_rate: float = 1.0
@@ -80,6 +82,10 @@ ABLATION = {
     "destruction frozen for 500 updates": {"frozen_updates": 500},
     "log-variance within 1": {"log_variance_bound": 1.0},
     "log-variance within 10": {"log_variance_bound": 10.0},
+    "reverse KL weighs 0.3": {"reverse_weight": 0.3},
+    "reverse KL weighs 0.1": {"reverse_weight": 0.1},
+    "forward KL alone": {"reverse_weight": 0.0},
+    "forward KL alone for 3,000 updates": {"reverse_after": 3_000},
     "TB for both": {"objective": "tb"},
     "LV for both": {"objective": "lv"},
     "TB + TLM": {"objective": "tb_tlm"},
@@ -117,8 +123,10 @@ def make_sampler(problem, dim, num_steps, kernels, setting):
 def make_objective(setting, learned_destruction):
     o = ds.objectives
     balance, likelihood = o.trajectory_balance(), o.trajectory_likelihood()
+    weight, late = setting.reverse_weight, setting.reverse_after
+    reverse = (lambda count: weight * (count >= late)) if late else weight
     jeffreys = o.weighted_sum(
-        (o.reverse_kl_log_derivative(), 1.0), (o.forward_kl_log_derivative(), 1.0)
+        (o.reverse_kl_log_derivative(), reverse), (o.forward_kl_log_derivative(), 1.0)
     )
     if setting.objective in ("tb_tlm", "tb_copy_tlm") and not learned_destruction:
         return balance

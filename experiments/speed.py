@@ -651,6 +651,7 @@ def _print_table(title, header, lines):
     print()
 
 
+ONCE = " (one run)"  # after the times of slow updates, which are not repeated
 UNUSUAL = {  # what is usual, and how a table names anything else
     "network": ("guided", "{} network"),
     "width": (64, "width {}"),
@@ -685,7 +686,7 @@ def _table_of_updates(rows):
                 _cores(r),
                 r["num_steps"],
                 r["batch_size"],
-                f"{1e3 * r['best_seconds']:.0f}",
+                f"{1e3 * r['best_seconds']:.0f}" + ONCE * (r["repeats"] == 1),
                 f"{r['compile_seconds']:.0f} s",
                 f"{r['energy_gradients']:.0f}",
                 f"{r['network_flops'] / 1e9:.2f}",
