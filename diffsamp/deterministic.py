@@ -126,6 +126,10 @@ class ProbabilityFlow:
         """Checks, by shapes alone, that energy and condition fit."""
         self.sampler.check_energy(energy, condition)
 
+    def check_params(self, params: Params) -> None:
+        """Checks that parameters have the shapes of the sampler's."""
+        self.sampler.check_params(params)
+
     def __call__(
         self, params: Params, key: Key, energy: Energy, condition: Array | None = None
     ) -> Array:

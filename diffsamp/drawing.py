@@ -16,7 +16,7 @@ from diffsamp.deterministic import ProbabilityFlow
 from diffsamp.diagnostics import Diagnostics
 from diffsamp.energies import as_energy, as_key
 from diffsamp.sampler import Sampler
-from diffsamp.types import ArrayLike, Energy, Key, LogEvidence, Params
+from diffsamp.types import ArrayLike, Energy, Key, LogEvidence, Params, as_count
 
 _UNKNOWN = LogEvidence(math.nan, math.inf, -math.inf, None)  # without weights
 
@@ -61,10 +61,9 @@ class Draws(NamedTuple):
             [n, D]; the points themselves, at random, where there are no weights.
 
         Raises:
-            ValueError: when num is below 1 or no weight is positive.
+            ValueError: when num is no integer of at least 1 or no weight is positive.
         """
-        if num < 1:
-            raise ValueError(f"num must be at least 1, got {num}")
+        num = as_count("num", num)
         offset, order = jax.random.split(as_key(key))
         weights = np.ones(len(self.x))
         if self.log_weight is not None:
@@ -119,8 +118,8 @@ def draw(
         `Draws`.
 
     Raises:
-        ValueError: when num_draws or batch_size is below 1, the energy does not fit, or
-            a probe is given for draws without weights.
+        ValueError: when num_draws or batch_size is no integer of at least 1, params or
+            energy do not fit, or a probe is given for draws without weights.
 
     Example:
         >>> import jax, diffsamp as ds
@@ -131,10 +130,8 @@ def draw(
         >>> draws.x.shape, draws.log_weight.shape
         ((100, 2), (100,))
     """
-    if not isinstance(num_draws, int | np.integer) or num_draws < 1:
-        raise ValueError(f"num_draws must be an int of at least 1, got {num_draws}")
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    num_draws = as_count("num_draws", num_draws)
+    batch_size = as_count("batch_size", batch_size)
     if probe is not None and not sampler.has_weights:
         raise ValueError(
             "a probe compares weights, and these draws have none: "
@@ -142,6 +139,7 @@ def draw(
         )
     key, energy, mesh = as_key(key), as_energy(energy), meshes.as_mesh(mesh)
     condition = _as_condition(condition)
+    sampler.check_params(params)
     sampler.check_energy(energy, condition)
     final = batching.draw_final(
         key, sampler, params, energy, num_draws, batch_size, condition, mesh
@@ -218,15 +216,17 @@ def log_weights_of(
         mesh: devices to spread the paths over.
 
     Raises:
-        ValueError: when x is not of shape [M, D], condition of another shape, or the
-            sampler is a flow that has no weights.
+        ValueError: when x is not of shape [M, D], params or condition do not fit, or
+            the sampler is a flow that has no weights.
     """
     if not sampler.has_weights:
         raise ValueError(f"no valid weight: {sampler.why_no_weight}")
+    batch_size = as_count("batch_size", batch_size)
     x = jnp.asarray(x, jax.dtypes.canonicalize_dtype(float))
     if x.ndim != 2 or x.shape[1] != sampler.dim or x.shape[0] == 0:
         raise ValueError(f"x must have shape [M, {sampler.dim}], got {list(x.shape)}")
     condition = _as_condition(condition)
+    sampler.check_params(params)
     sampler.check_energy(energy, condition)
     return batching.trace_back_log_weights(
         as_key(key),

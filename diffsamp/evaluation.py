@@ -15,7 +15,7 @@ from diffsamp import batching, diagnostics, drawing, evidence, metrics, probes
 from diffsamp.deterministic import ProbabilityFlow
 from diffsamp.energies import as_key
 from diffsamp.sampler import Sampler
-from diffsamp.types import ArrayLike, Key, Params, Target
+from diffsamp.types import ArrayLike, Key, Params, Target, as_count
 
 
 def evaluate(
@@ -90,8 +90,7 @@ def evaluate(
         raise ValueError(
             f"target has dim={target.dim}, but the sampler has dim={sampler.dim}"
         )
-    if num_draws < 2:
-        raise ValueError(f"num_draws must be at least 2, got {num_draws}")
+    num_draws = as_count("num_draws", num_draws, least=2)
     if sinkhorn is None:
         sinkhorn = importlib.util.find_spec("ott") is not None
     if sinkhorn:

@@ -15,6 +15,7 @@ Z for every parameter value and every number of steps. A point-mass reference ha
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -378,6 +379,22 @@ class Sampler:
         bound = bind_condition(energy, condition)
         gradient = gradient or self.needs_score
         check_energy(bound, self.dim, self._dtype, gradient=gradient)
+
+    def check_params(self, params: Params) -> None:
+        """Checks that parameters have the shapes of this sampler's.
+
+        Args:
+            params: from `init` or training.
+
+        Raises:
+            ValueError: when they are another sampler's.
+        """
+        found, wanted = jax.tree.map(jnp.shape, params), _shapes_of_params(self)
+        if found != wanted:
+            raise ValueError(
+                f"params are not those of this sampler: their shapes are {found}, "
+                f"wanted {wanted}"
+            )
 
     def simulate(
         self,
@@ -982,3 +999,9 @@ def _sqrt_scan(body, carry, xs):
         return carry, head
     carry, tail = segment(carry, jax.tree.map(lambda x: x[outer * inner :], xs))
     return carry, jax.tree.map(lambda a, b: jnp.concatenate([a, b]), head, tail)
+
+
+@functools.lru_cache(maxsize=256)
+def _shapes_of_params(sampler: Sampler) -> Any:
+    params = jax.eval_shape(sampler.init, jax.random.key(0))
+    return jax.tree.map(jnp.shape, params)

@@ -16,7 +16,7 @@ from jax.scipy.optimize import minimize
 
 from diffsamp import mcmc
 from diffsamp.energies import as_energy, as_key, check_energy
-from diffsamp.types import Array, Energy, Key, Target
+from diffsamp.types import Array, Energy, Key, Target, as_count
 
 Pilot = Callable[[Key, Target], tuple[Array, int]]
 
@@ -101,7 +101,11 @@ def prior_draws(num_draws: int = 1_000) -> Pilot:
 
     Args:
         num_draws: N.
+
+    Raises:
+        ValueError: when num_draws is no integer of at least 2.
     """
+    num_draws = as_count("num_draws", num_draws, least=2)
 
     def pilot(key, target):
         if target.sample_prior is None:
@@ -124,6 +128,9 @@ def laplace(num_starts: int = 8, num_draws: int = 1_000) -> Pilot:
         num_starts: starts, as the chains of `short_mcmc` start.
         num_draws: draws N of the fitted distribution.
 
+    Raises:
+        ValueError: when num_starts is no integer of at least 1, or num_draws of 2.
+
     Example:
         >>> import jax, jax.numpy as jnp, diffsamp as ds
         >>> def energy(x):
@@ -133,6 +140,8 @@ def laplace(num_starts: int = 8, num_draws: int = 1_000) -> Pilot:
         >>> [round(float(a), 1) for a in (*reference.loc, *reference.scale)]
         [3.0, 0.1]
     """
+    num_starts = as_count("num_starts", num_starts)
+    num_draws = as_count("num_draws", num_draws, least=2)
 
     def pilot(key, target):
         start, draw = jax.random.split(key)
@@ -173,7 +182,13 @@ def short_mcmc(
             deviation ``2 * target.scale``.
         num_warmup: adaptation steps.
         num_draws: draws kept per chain.
+
+    Raises:
+        ValueError: when a number is no integer or too small.
     """
+    num_chains = as_count("num_chains", num_chains)
+    num_warmup = as_count("num_warmup", num_warmup, least=0)
+    num_draws = as_count("num_draws", num_draws)
 
     def pilot(key, target):
         start, run = jax.random.split(key)

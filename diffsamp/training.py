@@ -521,7 +521,8 @@ def fit(
     law = _as_conditions(conditions, sampler, paths_per_condition, batch_size)
     _check_energy(sampler, objective, energy, law)
     _check_memory(sampler, memory_budget)
-    _check_params(sampler, params)
+    if params is not None:
+        sampler.check_params(params)
     limits = num_updates, max_seconds, max_energy_evaluations
     _check_budget(*limits, updates_per_chunk, checkpoint)
     if num_updates is None and max_seconds is None and max_energy_evaluations is None:
@@ -1093,18 +1094,6 @@ def _check_energy(sampler, objective, energy, conditions) -> None:
         condition = conditions(jax.random.key(0), 1)[0]
     gradient = objective.requires.simulation_gradient
     sampler.check_energy(energy, condition, gradient=gradient)
-
-
-def _check_params(sampler, params) -> None:
-    if params is None:
-        return
-    wanted = jax.eval_shape(sampler.init, jax.random.key(0))
-    shapes = [jax.tree.map(jnp.shape, tree) for tree in (params, wanted)]
-    if shapes[0] != shapes[1]:
-        raise ValueError(
-            f"params are not those of this sampler: their shapes are {shapes[0]}, "
-            f"wanted {shapes[1]}"
-        )
 
 
 def _check_memory(sampler, memory_budget) -> None:

@@ -28,6 +28,7 @@ COLUMNS = (  # title, name, form, what the worst is the largest of
     ("seconds in all", "seconds", "{:.0f}", float),
     ("NUTS max R-hat", "nuts_max_rhat", "{:.2f}", float),
     ("NUTS worst mode weight error", "mode_weights_nuts_error", "{:.3f}", float),
+    ("NUTS gradients after warm-up", "nuts_gradients_after_warmup", "{:.2e}", float),
     ("NUTS seconds", "nuts_seconds", "{:.0f}", float),
 )
 

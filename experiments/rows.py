@@ -12,7 +12,8 @@ import numpy as np
 
 import diffsamp as ds
 
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "distrax", "blackjax", "numpyro")
+PACKAGES = ("diffsamp", "jax", "jaxlib", "flax", "optax", "distrax", "blackjax")
+PACKAGES += ("numpyro", "scipy")
 SINKHORN_POINTS = 1_000  # in a set, at most
 
 

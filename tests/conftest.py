@@ -36,6 +36,7 @@ gc.set_threshold(200_000, 20, 50)
 
 SEED = 0
 _MANY_MAPS = 25_000
+_SLOW_SECONDS = 1_800
 
 # Files whose tests run a dependency that promotes by itself.
 RELAXED = {
@@ -77,6 +78,15 @@ def _relaxed(item) -> set[str]:
     if unknown := names - {"dtypes", "ranks"}:
         raise pytest.UsageError(f"relaxed() knows 'dtypes' and 'ranks', got {unknown}")
     return names
+
+
+def pytest_collection_modifyitems(config, items):
+    """Slow tests may take longer than others, unless the command says how long."""
+    if config.getoption("timeout") is not None:
+        return
+    for item in items:
+        if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(_SLOW_SECONDS))
 
 
 @pytest.hookimpl(hookwrapper=True)

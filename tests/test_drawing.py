@@ -129,13 +129,23 @@ def test_log_weights_of_given_points_do_not_depend_on_chunks():
 # --------------------------------------------------------------------------- bad input
 
 
+def test_parameters_of_another_sampler():
+    key, other = jax.random.key(0), start(sampler_at((1.0, -2.0, 0.0), 2.5, dim=3))
+    for params in ({}, {"sampler": start(WIDE)}, other):
+        with pytest.raises(ValueError, match="params are not those of this sampler"):
+            ds.draw(key, WIDE, params, GAUSSIAN.energy, 10)
+        with pytest.raises(ValueError, match="params are not those of this sampler"):
+            ds.log_weights_of(key, WIDE, params, GAUSSIAN.energy, np.zeros((5, 2)))
+
+
 @pytest.mark.parametrize(
     ("words", "options"),
     [
-        ("num_draws must be an int of at least 1, got 0", {"num_draws": 0}),
-        ("num_draws must be an int of at least 1, got -3", {"num_draws": -3}),
-        ("num_draws must be an int of at least 1, got 1000.0", {"num_draws": 1e3}),
+        ("num_draws must be at least 1, got 0", {"num_draws": 0}),
+        ("num_draws must be at least 1, got -3", {"num_draws": -3}),
+        ("num_draws must be an integer, got 1000.0", {"num_draws": 1e3}),
         ("batch_size must be at least 1, got 0", {"num_draws": 10, "batch_size": 0}),
+        ("batch_size must be an integer", {"num_draws": 10, "batch_size": 2.5}),
     ],
 )
 def test_numbers_that_are_none(words, options):
@@ -299,6 +309,8 @@ def test_resampling_a_bad_number(wide):
     assert wide.resample(jax.random.PRNGKey(0), 5).shape == (5, 2)
     with pytest.raises(ValueError, match="at least 1, got 0"):
         wide.resample(jax.random.key(0), 0)
+    with pytest.raises(ValueError, match=r"num must be an integer, got 2\.5"):
+        wide.resample(jax.random.key(0), 2.5)
 
 
 def test_resampling_moves_the_moments(wide):

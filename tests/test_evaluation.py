@@ -236,6 +236,8 @@ def test_the_same_key_gives_the_same_report(report):
 def test_bad_numbers():
     with pytest.raises(ValueError, match="num_draws must be at least 2, got 1"):
         evaluate(GAUSSIAN, num_draws=1)
+    with pytest.raises(ValueError, match=r"num_draws must be an integer, got 100\.0"):
+        evaluate(GAUSSIAN, num_draws=1e2)
     with pytest.raises(ValueError, match=r"reference_draws.*\[1, 2\]"):
         evaluate(GAUSSIAN, reference_draws=np.zeros((1, 2)))
     with pytest.raises(ValueError, match=r"target has dim=3, .* sampler has dim=2"):

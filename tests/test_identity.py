@@ -152,7 +152,7 @@ def _assert_mean_is_one(log_ratio):
 
 
 @pytest.mark.parametrize("num_steps", mostly_slow([1, 2, 5, 100], 1, 5))
-@pytest.mark.parametrize("name", PROCESSES)
+@pytest.mark.parametrize("name", mostly_slow(SAMPLERS, *PROCESSES))
 def test_mean_weight_is_z(name, num_steps):
     log_weight = _generated(name, num_steps)
     _assert_mean_is_one(log_weight - LOG_Z)
@@ -160,7 +160,7 @@ def test_mean_weight_is_z(name, num_steps):
 
 
 @pytest.mark.parametrize("num_steps", mostly_slow([1, 2, 5, 100], 5))
-@pytest.mark.parametrize("name", PROCESSES)
+@pytest.mark.parametrize("name", mostly_slow(SAMPLERS, *PROCESSES))
 def test_mean_inverse_weight_of_exact_draws_is_inverse_z(name, num_steps):
     log_weight = _traced_back(name, num_steps)
     _assert_mean_is_one(LOG_Z - log_weight(jnp.asarray(WIDE)))

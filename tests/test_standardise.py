@@ -98,6 +98,21 @@ def test_laplace_finds_the_same():
     assert 3 < reference.num_gradient_evaluations < 2_000
 
 
+@pytest.mark.parametrize(
+    ("words", "make"),
+    [
+        ("num_draws must be at least 2, got 1", lambda: ds.prior_draws(1)),
+        ("num_starts must be at least 1, got 0", lambda: ds.laplace(0)),
+        ("num_draws must be an integer, got 10.0", lambda: ds.laplace(num_draws=1e1)),
+        ("num_chains must be at least 1, got 0", lambda: ds.short_mcmc(0)),
+        ("num_warmup must be at least 0, got -1", lambda: ds.short_mcmc(8, -1)),
+    ],
+)
+def test_numbers_that_are_none(words, make):
+    with pytest.raises(ValueError, match=words):
+        make()
+
+
 def test_laplace_where_nothing_fits():
     flat = ds.Target(energy=lambda x: 0.5 * x[0] ** 2, dim=2)
     with pytest.raises(ValueError, match=r"eigenvalues from 0 to 1.*short_mcmc"):
