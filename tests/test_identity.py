@@ -95,6 +95,10 @@ def test_quadrature_over_all_paths(x64, key, name, num_steps):
 
 
 NUM_PATHS = 20_000
+# Of the others the weights have tails, with parameters drawn at random, of which no
+# number of paths has the mean: quadrature, above, judges them.
+HEAVY = {"dds_learned", "scds_data", "dis_euler", "cdds"}
+SIMULATED = [name for name in SAMPLERS if name not in HEAVY]
 # The target relative to the reference: narrower, so that exp(log_weight) has a finite
 # variance, and wider, so that its inverse has.
 NARROW, WIDE = 0.6, 1.8
@@ -152,7 +156,7 @@ def _assert_mean_is_one(log_ratio):
 
 
 @pytest.mark.parametrize("num_steps", mostly_slow([1, 2, 5, 100], 1, 5))
-@pytest.mark.parametrize("name", mostly_slow(SAMPLERS, *PROCESSES))
+@pytest.mark.parametrize("name", mostly_slow(SIMULATED, *PROCESSES))
 def test_mean_weight_is_z(name, num_steps):
     log_weight = _generated(name, num_steps)
     _assert_mean_is_one(log_weight - LOG_Z)
@@ -160,7 +164,7 @@ def test_mean_weight_is_z(name, num_steps):
 
 
 @pytest.mark.parametrize("num_steps", mostly_slow([1, 2, 5, 100], 5))
-@pytest.mark.parametrize("name", mostly_slow(SAMPLERS, *PROCESSES))
+@pytest.mark.parametrize("name", mostly_slow(SIMULATED, *PROCESSES))
 def test_mean_inverse_weight_of_exact_draws_is_inverse_z(name, num_steps):
     log_weight = _traced_back(name, num_steps)
     _assert_mean_is_one(LOG_Z - log_weight(jnp.asarray(WIDE)))
