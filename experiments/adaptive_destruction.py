@@ -262,7 +262,7 @@ def ablation(args):
         (problem, 5, "both", name, Setting(**change))
         for problem in PROBLEMS
         for name, change in ABLATION.items()
-        if problem.target in args.targets
+        if problem.target in args.targets and name in args.settings
     ]
     run(cells, args)
 
@@ -422,9 +422,14 @@ def main():
         runner = commands.add_parser(name)
         runner.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
         runner.add_argument("--targets", nargs="+", choices=names, default=targets)
-        runner.add_argument(
-            "--num-steps", type=int, nargs="+", choices=STEPS, default=STEPS
-        )
+        if name == "grid":
+            runner.add_argument(
+                "--num-steps", type=int, nargs="+", choices=STEPS, default=STEPS
+            )
+        else:
+            runner.add_argument(
+                "--settings", nargs="+", choices=ABLATION, default=list(ABLATION)
+            )
         runner.add_argument("--batch-size", type=int, default=256)
         runner.add_argument("--seconds", type=float, default=60.0)
         runner.add_argument("--energy-evaluations", type=int, default=10_000_000)

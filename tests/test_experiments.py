@@ -387,6 +387,9 @@ def test_the_grid_goes_on_where_it_stopped(tmp_path, arguments, monkeypatch):
     arguments("grid", "--seeds", 7, 8, *options)
     script.main()
     assert [seed for *_, seed in ran] == [7, 7, 7, 8, 8, 8]
+    arguments("ablation", "--seeds", 7, "--settings", "TB for both", "--out", out)
+    script.main()
+    assert ran[6:] == [("gmm25", 5, "both", 7)]
 
 
 def test_table_of_exploration(tmp_path, arguments, capsys):
