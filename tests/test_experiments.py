@@ -594,6 +594,7 @@ def _speed_row(command, **fields):
 
 def _update_row(num_steps, batch_size, seconds, **fields):
     usual = {"target": "gmm25", "dim": 2, "cores": 1, "num_devices": 1, "width": 64}
+    usual["repeats"] = 3
     return _speed_row(
         "updates",
         objective="log_variance",
@@ -619,6 +620,7 @@ def test_table_of_speed(tmp_path, arguments, capsys):
     script, out = _script("speed"), tmp_path / "rows.jsonl"
     peers = tmp_path / "peers.jsonl"
     rows = [_update_row(100, 512, 0.1), _update_row(10, 512, 0.01)]
+    rows += [_update_row(256, 512, 9.0, repeats=1, target="lgcp", dim=1600)]
     wells = {"target": "manywell8", "dim": 8}, {"target": "manywell", "dim": 32}
     rows += [_update_row(5, 8, s, **w) for s, w in zip((0.1, 0.2), wells, strict=True)]
     two = {"cores": 2, "num_devices": 2, "mesh": 2}
@@ -656,6 +658,7 @@ def test_table_of_speed(tmp_path, arguments, capsys):
     script.main()
     said = capsys.readouterr().out
     assert "| gmm25, 2-D | log_variance | 1 | 100 | 512 | 100 | 9 s | 100 |" in said
+    assert "| 256 | 512 | 9000 (one run) |" in said
     assert "| 2.00 | 50% | 3 | 1.50 | 800 |" in said
     assert "| other, 200 ms | 0.50 |" in said
     same = "| gmm | log_variance |"
@@ -767,7 +770,7 @@ def test_a_speed_cell_that_fails_is_named(tmp_path, arguments, capfd):
     script, out = _script("speed"), tmp_path / "rows.jsonl"
     arguments("draws", "--batches", 0, "--steps", 1, "--targets", "gmm25", "--out", out)
     script.main()
-    assert "batch_size must be at least 1" in capfd.readouterr().err
+    assert "num_draws must be at least 1, got 0" in capfd.readouterr().err
     assert script.read(out) == []
 
 
