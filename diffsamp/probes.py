@@ -15,7 +15,7 @@ import numpy as np
 
 from diffsamp import mcmc
 from diffsamp.energies import as_energy, as_key
-from diffsamp.types import Array, ArrayLike, Energy, Key, Target
+from diffsamp.types import Array, ArrayLike, Energy, Key, Target, as_count
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -152,8 +152,7 @@ def prior(key: Key, target: Target, *, num_draws: int = 10_000) -> Probe:
             f"target {target.name!r} has no prior to draw from (sample_prior and "
             "log_likelihood); use probes.smc or probes.multistart"
         )
-    if num_draws < 1:
-        raise ValueError(f"num_draws must be at least 1, got {num_draws}")
+    num_draws = as_count("num_draws", num_draws)
     x = target.sample_prior(as_key(key), num_draws)
     log_weight = jax.jit(jax.vmap(target.log_likelihood))(x)
     log_weight = jnp.where(jnp.isnan(log_weight), -jnp.inf, log_weight)

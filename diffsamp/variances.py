@@ -19,7 +19,7 @@ import numpy as np
 
 from diffsamp.energies import as_energy, as_key
 from diffsamp.sampler import VARIANCE_LIMIT, Sampler
-from diffsamp.types import ArrayLike, Energy, Key, Params
+from diffsamp.types import ArrayLike, Energy, Key, Params, as_count
 
 LEVELS = (0.01, 0.25, 0.5, 0.75, 0.99)
 
@@ -74,8 +74,7 @@ def variance_ratios(
         >>> report.quantiles.round(3).tolist()[0], report.alarm
         ([1.0, 1.0, 1.0, 1.0, 1.0], None)
     """
-    if num_paths < 1:
-        raise ValueError(f"num_paths must be at least 1, got {num_paths}")
+    num_paths = as_count("num_paths", num_paths)
     if condition is not None:
         condition = jnp.asarray(condition, jax.dtypes.canonicalize_dtype(float))
     log_ratio = _log_ratios(
