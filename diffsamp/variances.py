@@ -33,12 +33,18 @@ class VarianceRatios(NamedTuple):
         share_outside: share of paths, steps and coordinates with a ratio beyond 100 or
             below 1/100.
         alarm: what to do about it, or None where every ratio is within these limits.
+        num_energy_evaluations: energies evaluated alone.
+        num_gradient_evaluations: energies evaluated with their gradient.
+        num_network_evaluations: control evaluations.
     """
 
     levels: np.ndarray
     quantiles: np.ndarray
     share_outside: float
     alarm: str | None
+    num_energy_evaluations: int
+    num_gradient_evaluations: int
+    num_network_evaluations: int
 
 
 def variance_ratios(
@@ -94,7 +100,16 @@ def variance_ratios(
             f"most at step {step} of {sampler.num_steps} (median ratio {median:.3g}); "
             "narrow the Bounds or lower the learning rate of the destruction kernel"
         )
-    return VarianceRatios(np.array(LEVELS), quantiles, outside, alarm)
+    price, drawn = sampler.evaluations_per_path, sampler.num_steps
+    return VarianceRatios(
+        levels=np.array(LEVELS),
+        quantiles=quantiles,
+        share_outside=outside,
+        alarm=alarm,
+        num_energy_evaluations=num_paths * price.energy,
+        num_gradient_evaluations=num_paths * price.gradient,
+        num_network_evaluations=num_paths * (drawn + price.network),
+    )
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

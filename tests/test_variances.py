@@ -75,6 +75,9 @@ def test_ratios_are_those_of_the_kernels():
     np.testing.assert_allclose(report.quantiles[1:, -1], high, rtol=0.03)
     assert report.alarm is None
     assert report.share_outside == 0
+    counts = report.num_energy_evaluations, report.num_gradient_evaluations
+    assert counts == (16, 0)  # networks of this test see no score
+    assert report.num_network_evaluations == 16 * 4 * 3  # drawn, then both kernels
 
 
 @pytest.mark.relaxed("dtypes")  # Optax's Adam
