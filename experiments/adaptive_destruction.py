@@ -15,19 +15,23 @@ there, so they can be stopped, started again, and split over processes by --targ
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
+import itertools
 import pathlib
 
 import jax
 import numpy as np
 import optax
 from rows import (
-    add_mesh_option,
+    add_reader,
+    add_runner,
     append,
+    commands_of,
     described,
+    markdown,
     mesh_of,
     read,
+    rows_of,
     summarise,
     well_errors,
 )
@@ -312,40 +316,34 @@ COLUMNS = (
 
 
 def table(args):
-    rows = [row for path in args.files for row in read(path)]
-    rows.sort(key=lambda row: row["seed"])
-    order = [(p.target, k, n) for p in PROBLEMS for k in STEPS for n in KERNELS]
-    heads = " | ".join(column[0] for column in COLUMNS)
-    lines = [f"| target | steps | learned | runs | {heads} |"]
-    lines.append("| --- " * (len(COLUMNS) + 4) + "|")
-    for target, num_steps, kernels in order:
-        cell = ("grid", target, num_steps, kernels)
-        own = [r for r in rows if _cell_of(r) == cell]
-        lines += _line([target, str(num_steps), kernels], own)
-    print("\n".join(lines))
-    lines = [f"| target | 5 steps, both kernels | runs | {heads} |"]
-    lines.append("| --- " * (len(COLUMNS) + 3) + "|")
+    rows, heads = rows_of(args.files), [column[0] for column in COLUMNS]
+    grid, ablations = [], []
     for problem in PROBLEMS:
+        target = problem.target
+        for num_steps, kernels in itertools.product(STEPS, KERNELS):
+            own = [
+                r for r in rows if _cell_of(r) == ("grid", target, num_steps, kernels)
+            ]
+            grid += _line([target, num_steps, kernels], own)
         for name in ABLATION:
-            cell = (name, problem.target, 5, "both")
-            own = [r for r in rows if _cell_of(r) == cell]
-            lines += _line([problem.target, name], own)
-    print("\n" + "\n".join(lines))
-    print("\n" + claim(rows))
-    if rows:
-        first = rows[0]
-        print(
-            f"\nMean (worst) over seeds; batch {first['batch_size']}, at most "
-            f"{first['max_energy_evaluations']:,} energy evaluations and "
-            f"{first['max_seconds']:.0f} s of updates; {first['num_draws']:,} draws; "
-            f"{described(first)}."
-        )
+            own = [r for r in rows if _cell_of(r) == (name, target, 5, "both")]
+            ablations += _line([target, name], own)
+    lines = markdown(["target", "steps", "learned", "runs", *heads], grid)
+    labels = ["target", "5 steps, both kernels", "runs"]
+    lines += ["", *markdown([*labels, *heads], ablations), "", *claim(rows)]
+    first = rows[0]
+    note = (
+        f"Mean (worst) over seeds; batch {first['batch_size']}, at most "
+        f"{first['max_energy_evaluations']:,} energy evaluations and "
+        f"{first['max_seconds']:.0f} s of updates; {first['num_draws']:,} draws; "
+        f"{described(first)}."
+    )
+    print("\n".join([*lines, "", note]))
 
 
 def claim(rows):
     """Does T = 5 with both kernels learned beat T = 20 fixed?"""
-    lines = ["| target | gap, 20 fixed | gap, 5 both | mode error, 20 | 5 | holds |"]
-    lines.append("| --- " * 6 + "|")
+    body = []
     for problem in PROBLEMS:
         fixed, both = (
             [r for r in rows if _cell_of(r) == ("grid", problem.target, *cell)]
@@ -360,9 +358,10 @@ def claim(rows):
         ]
         no_worse = np.isnan(modes[1]) or modes[1] <= modes[0]
         verdict = "yes" if gaps[1] < gaps[0] and no_worse else "no"
-        numbers = " | ".join(f"{v:.3f}" for v in (*gaps, *modes))
-        lines.append(f"| {problem.target} | {numbers} | {verdict} |")
-    return "\n".join(lines)
+        numbers = [f"{v:.3f}" for v in (*gaps, *modes)]
+        body.append([problem.target, *numbers, verdict])
+    heads = ["gap, 20 fixed", "gap, 5 both", "mode error, 20", "5"]
+    return markdown(["target", *heads, "holds"], body)
 
 
 def _cell_of(row):
@@ -376,7 +375,7 @@ def _line(labels, own):
     bad = sum(r["diverged"] for r in own)
     runs = f"{len(own)}" + (f", {bad} diverged" if bad else "")
     cells = [summarise(fine, *column[1:]) for column in COLUMNS]
-    return ["| " + " | ".join([*labels, runs, *cells]) + " |"]
+    return [[*labels, runs, *cells]]
 
 
 def plot(args):
@@ -386,7 +385,7 @@ def plot(args):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    rows = [row for path in args.files for row in read(path)]
+    rows = rows_of(args.files)
     figure, axes = plt.subplots(2, 3, figsize=(10, 6), sharex=True)
     for axis, problem in zip(axes.flat, PROBLEMS, strict=True):
         for kernels in KERNELS:
@@ -412,15 +411,11 @@ def plot(args):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    default = pathlib.Path("outputs/adaptive_destruction.jsonl")
+    parser, commands = commands_of(__doc__)
+    out = pathlib.Path("outputs/adaptive_destruction.jsonl")
     names = [problem.target for problem in PROBLEMS]
-    commands = parser.add_subparsers(required=True)
     for name, do, targets in (("grid", grid, names), ("ablation", ablation, names[:1])):
-        runner = commands.add_parser(name)
-        runner.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+        runner = add_runner(commands, do, out, name=name)
         runner.add_argument("--targets", nargs="+", choices=names, default=targets)
         if name == "grid":
             runner.add_argument(
@@ -434,16 +429,9 @@ def main():
         runner.add_argument("--seconds", type=float, default=60.0)
         runner.add_argument("--energy-evaluations", type=int, default=10_000_000)
         runner.add_argument("--num-draws", type=int, default=10_000)
-        runner.add_argument("--out", type=pathlib.Path, default=default)
-        add_mesh_option(runner)
-        runner.set_defaults(do=do)
-    printer = commands.add_parser("table")
-    printer.add_argument("files", type=pathlib.Path, nargs="*", default=[default])
-    printer.set_defaults(do=table)
-    plotter = commands.add_parser("plot")
-    plotter.add_argument("files", type=pathlib.Path, nargs="*", default=[default])
+    add_reader(commands, table, out)
+    plotter = add_reader(commands, plot, out, "plot")
     plotter.add_argument("--figure", type=pathlib.Path, default="outputs/adaptive.png")
-    plotter.set_defaults(do=plot)
     args = parser.parse_args()
     args.do(args)
 

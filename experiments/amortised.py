@@ -14,7 +14,6 @@ scikit-learn: pip install 'diffsamp[experiments]'.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import functools
 import pathlib
@@ -27,7 +26,18 @@ import numpy as np
 import optax
 from flax import linen as nn
 from jax.tree_util import Partial
-from rows import add_mesh_option, append, described, mesh_of, read
+from rows import (
+    add_reader,
+    add_runner,
+    append,
+    commands_of,
+    described,
+    markdown,
+    mesh_of,
+    read,
+    rows_of,
+    seeds_of,
+)
 
 import diffsamp as ds
 
@@ -554,12 +564,9 @@ COSTS = (
 
 
 def table(args):
-    rows = [row for path in args.files for row in read(path)]
-    rows = [row for row in rows if _mixed(row, row["nuts_rhat"])]
+    rows = [row for row in rows_of(args.files) if _mixed(row, row["nuts_rhat"])]
     if not rows:
-        files = ", ".join(map(str, args.files))
-        raise SystemExit(f"no rows in {files} whose NUTS chains agree; run first")
-    rows.sort(key=lambda row: row["seed"])
+        raise SystemExit("no row whose NUTS chains agree; give them more draws")
     order = [(0, "encoder"), *((k, n) for n in KERNELS for k in STEPS)]
     cells = {cell: [r for r in rows if _cell_of(r) == cell] for cell in order}
     cells = {cell: own for cell, own in cells.items() if own}
@@ -572,8 +579,8 @@ def table(args):
         [*_labels(cell, own), *(_mean(own, *c[1:]) for c in COSTS)]
         for cell, own in cells.items()
     ]
-    lines = _table([*heads, *(c[0] for c in COLUMNS), "k-hat < 0.7"], quality)
-    lines += ["", *_table([*heads, *(c[0] for c in COSTS)], costs)]
+    lines = markdown([*heads, *(c[0] for c in COLUMNS), "k-hat < 0.7"], quality)
+    lines += ["", *markdown([*heads, *(c[0] for c in COSTS)], costs)]
     print("\n".join([*lines, "", note(rows)]))
 
 
@@ -634,12 +641,7 @@ def _mean(rows, name, form):
 
 def _labels(cell, own):
     steps, kernels = cell
-    return [kernels, str(steps or "-"), ", ".join(str(r["seed"]) for r in own)]
-
-
-def _table(heads, body):
-    lines = [heads, ["---"] * len(heads), *body]
-    return ["| " + " | ".join(line) + " |" for line in lines]
+    return [kernels, steps or "-", seeds_of(own)]
 
 
 def _cell_of(row):
@@ -647,23 +649,14 @@ def _cell_of(row):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    default = pathlib.Path("outputs/amortised.jsonl")
-    commands = parser.add_subparsers(required=True)
-    runner = commands.add_parser("run")
-    runner.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser, commands = commands_of(__doc__)
+    out = pathlib.Path("outputs/amortised.jsonl")
+    runner = add_runner(commands, run, out)
     runner.add_argument(
         "--num-steps", type=int, nargs="+", choices=STEPS, default=STEPS
     )
     runner.add_argument("--kernels", nargs="+", choices=KERNELS, default=KERNELS)
-    runner.add_argument("--out", type=pathlib.Path, default=default)
-    add_mesh_option(runner)
-    runner.set_defaults(do=run)
-    printer = commands.add_parser("table")
-    printer.add_argument("files", type=pathlib.Path, nargs="*", default=[default])
-    printer.set_defaults(do=table)
+    add_reader(commands, table, out)
     args = parser.parse_args()
     args.do(args)
 

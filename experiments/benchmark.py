@@ -10,7 +10,6 @@ the Markdown table of the docs from those lines: mean and worst over seeds.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import pathlib
 import time
@@ -21,12 +20,17 @@ import numpy as np
 import optax
 from rows import (
     SINKHORN_POINTS,
-    add_mesh_option,
+    add_reader,
+    add_runner,
     append,
+    commands_of,
     described,
     distances,
+    markdown,
     mesh_of,
     read,
+    rows_of,
+    seeds_of,
     summarise,
 )
 
@@ -224,19 +228,15 @@ COLUMNS = (
 
 
 def table(args):
-    rows = [row for path in args.files for row in read(path)]
-    rows.sort(key=lambda row: row["seed"])
-    lines = ["| target | method | seeds | " + " | ".join(c[0] for c in COLUMNS) + " |"]
-    lines.append("| --- " * (len(COLUMNS) + 3) + "|")
+    rows, body = rows_of(args.files), []
     for cell in CELLS:
         for method in METHODS:
-            own = [
-                r for r in rows if (r["target"], r["method"]) == (cell.target, method)
-            ]
+            label = (cell.target, method)
+            own = [r for r in rows if (r["target"], r["method"]) == label]
             if own:
-                cells = " | ".join(summarise(own, *column[1:]) for column in COLUMNS)
-                seeds = ", ".join(str(r["seed"]) for r in own)
-                lines.append(f"| {cell.target} | {method} | {seeds} | {cells} |")
+                cells = [summarise(own, *column[1:]) for column in COLUMNS]
+                body.append([*label, seeds_of(own), *cells])
+    lines = markdown(["target", "method", "seeds", *(c[0] for c in COLUMNS)], body)
     verdicts = [
         f"* {r['target']}, {r['method']}, seed {r['seed']}: {r['verdict']}"
         for r in rows
@@ -254,23 +254,13 @@ def table(args):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    default = pathlib.Path("outputs/benchmark.jsonl")
-    names = [cell.target for cell in CELLS]
-    commands = parser.add_subparsers(required=True)
-    runner = commands.add_parser("run")
-    runner.add_argument("--seeds", type=int, nargs="+", default=[2, 3, 4])
+    parser, commands = commands_of(__doc__)
+    out, names = pathlib.Path("outputs/benchmark.jsonl"), [c.target for c in CELLS]
+    runner = add_runner(commands, run, out, seeds=(2, 3, 4))
     runner.add_argument("--num-draws", type=int, default=20_000)
     runner.add_argument("--targets", nargs="+", choices=names, default=names)
     runner.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
-    runner.add_argument("--out", type=pathlib.Path, default=default)
-    add_mesh_option(runner)
-    runner.set_defaults(do=run)
-    printer = commands.add_parser("table")
-    printer.add_argument("files", type=pathlib.Path, nargs="*", default=[default])
-    printer.set_defaults(do=table)
+    add_reader(commands, table, out)
     args = parser.parse_args()
     args.do(args)
 

@@ -20,7 +20,6 @@ and errors of modes and quantiles are of; weights are those of the stochastic ke
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import pathlib
 import time
@@ -31,12 +30,17 @@ import numpy as np
 import optax
 import scipy.stats
 from rows import (
-    add_mesh_option,
+    add_reader,
+    add_runner,
     append,
+    commands_of,
     described,
     distances,
+    markdown,
     mesh_of,
     read,
+    rows_of,
+    seeds_of,
     summarise,
 )
 
@@ -355,13 +359,7 @@ COLUMNS = (
 
 
 def table(args):
-    rows = [row for path in args.files for row in read(path)]
-    if not rows:
-        raise SystemExit(f"no rows in {', '.join(map(str, args.files))}; run first")
-    rows.sort(key=lambda row: row["seed"])
-    heads = " | ".join(column[0] for column in COLUMNS)
-    lines = [f"| target | method | steps | seeds | {heads} |"]
-    lines.append("| --- " * (len(COLUMNS) + 4) + "|")
+    rows, body = rows_of(args.files), []
     for cell in CELLS:
         for method in cell.methods:
             for num_steps in args.num_steps:
@@ -373,9 +371,9 @@ def table(args):
                 ]
                 if own:
                     cells = [summarise(own, *column[1:]) for column in COLUMNS]
-                    seeds = ", ".join(str(r["seed"]) for r in own)
-                    texts = [*map(str, label), seeds, *cells]
-                    lines.append("| " + " | ".join(texts) + " |")
+                    body.append([*label, seeds_of(own), *cells])
+    labels = ["target", "method", "steps", "seeds"]
+    lines = markdown([*labels, *(c[0] for c in COLUMNS)], body)
     first = rows[0]
     note = (
         f"Mean (worst) over seeds, {first['num_draws']:,} draws, {described(first)}. "
@@ -425,7 +423,7 @@ def plot(args):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    rows = [row for path in args.files for row in read(path)]
+    rows = rows_of(args.files)
     targets = dict.fromkeys(cell.target for cell in CELLS)
     targets = [name for name in targets if any(r["target"] == name for r in rows)]
 
@@ -500,29 +498,18 @@ def plot(args):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    default = pathlib.Path("outputs/consistent.jsonl")
+    parser, commands = commands_of(__doc__)
+    out = pathlib.Path("outputs/consistent.jsonl")
     names = list(dict.fromkeys(cell.target for cell in CELLS))
-    commands = parser.add_subparsers(required=True)
-    runner = commands.add_parser("run")
-    runner.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    runner = add_runner(commands, run, out)
     runner.add_argument("--targets", nargs="+", choices=names, default=names)
     runner.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     runner.add_argument("--num-draws", type=int, default=10_000)
     runner.add_argument("--num-updates", type=int, help="instead of the cell's own")
-    runner.add_argument("--out", type=pathlib.Path, default=default)
-    add_mesh_option(runner)
-    runner.set_defaults(do=run)
-    printer = commands.add_parser("table")
-    printer.add_argument("files", type=pathlib.Path, nargs="*", default=[default])
+    printer = add_reader(commands, table, out)
     printer.add_argument("--num-steps", type=int, nargs="+", default=[1, 2, 4, 8, 128])
-    printer.set_defaults(do=table)
-    plotter = commands.add_parser("plot")
-    plotter.add_argument("files", type=pathlib.Path, nargs="*", default=[default])
+    plotter = add_reader(commands, plot, out, "plot")
     plotter.add_argument("--folder", type=pathlib.Path, default=pathlib.Path("."))
-    plotter.set_defaults(do=plot)
     args = parser.parse_args()
     args.do(args)
 

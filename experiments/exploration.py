@@ -10,7 +10,6 @@ what is already there; `table [FILES]` prints mean and worst over seeds.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import pathlib
 
@@ -18,11 +17,16 @@ import jax
 import numpy as np
 import optax
 from rows import (
-    add_mesh_option,
+    add_reader,
+    add_runner,
     append,
+    commands_of,
     described,
+    markdown,
     mesh_of,
     read,
+    rows_of,
+    seeds_of,
     summarise,
     well_errors,
 )
@@ -201,41 +205,27 @@ COLUMNS = (
 
 
 def table(args):
-    rows = [row for path in args.files for row in read(path)]
-    if not rows:
-        raise SystemExit(f"no rows in {', '.join(map(str, args.files))}; run first")
-    heads = " | ".join(column[0] for column in COLUMNS)
-    lines = [f"| target | method | runs | {heads} |"]
-    lines.append("| --- " * (len(COLUMNS) + 3) + "|")
+    rows, body = rows_of(args.files), []
     for cell in CELLS:
         for method in METHODS:
             label = (cell.target, method)
             own = [r for r in rows if (r["target"], r["method"]) == label]
             if own:
-                cells = " | ".join(summarise(own, *column[1:]) for column in COLUMNS)
-                lines.append(f"| {cell.target} | {method} | {len(own)} | {cells} |")
+                cells = [summarise(own, *column[1:]) for column in COLUMNS]
+                body.append([*label, seeds_of(own), *cells])
+    lines = markdown(["target", "method", "seeds", *(c[0] for c in COLUMNS)], body)
     note = f"Mean (worst) over seeds, {rows[0]['num_draws']:,} draws, "
     print("\n".join([*lines, "", note + described(rows[0]) + "."]))
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    default = pathlib.Path("outputs/exploration.jsonl")
-    names = [cell.target for cell in CELLS]
-    commands = parser.add_subparsers(required=True)
-    runner = commands.add_parser("run")
-    runner.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser, commands = commands_of(__doc__)
+    out, names = pathlib.Path("outputs/exploration.jsonl"), [c.target for c in CELLS]
+    runner = add_runner(commands, run, out)
     runner.add_argument("--targets", nargs="+", choices=names, default=names)
     runner.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     runner.add_argument("--num-draws", type=int, default=10_000)
-    runner.add_argument("--out", type=pathlib.Path, default=default)
-    add_mesh_option(runner)
-    runner.set_defaults(do=run)
-    printer = commands.add_parser("table")
-    printer.add_argument("files", type=pathlib.Path, nargs="*", default=[default])
-    printer.set_defaults(do=table)
+    add_reader(commands, table, out)
     args = parser.parse_args()
     args.do(args)
 

@@ -1,17 +1,17 @@
 """DiffusionSampler on posteriors with known answers, default settings, beside NUTS.
 
     python experiments/numpyro_posteriors.py run     # about 6 minutes a posterior, seed
-    python experiments/numpyro_posteriors.py table > docs/benchmarks/numpyro.md
+    python experiments/numpyro_posteriors.py table
 
-Every number of the table is from `run`. A posterior is won when every parameter's mean
-is within 0.1 reference standard deviations, its standard deviation within 10 %, k-hat
-below 0.7 and, where it is known, log Z within 0.1 and three standard errors. The
-verdict is given before the comparison is made.
+`run` appends one JSON line per (posterior, seed) to --out and skips what is already
+there. A posterior is won when every parameter's mean is within 0.1 reference standard
+deviations, its standard deviation within 10 %, k-hat below 0.7 and, where they are
+known, log Z within 0.1 and three standard errors and every mode's weight within 0.05.
+The verdict is given before the comparison is made.
 """
 
 from __future__ import annotations
 
-import argparse
 import pathlib
 import time
 
@@ -20,7 +20,18 @@ import jax.numpy as jnp
 import numpy as np
 from numpyro.diagnostics import split_gelman_rubin
 from numpyro.infer import HMC, MCMC, NUTS
-from rows import add_mesh_option, append, described, mesh_of, read
+from rows import (
+    add_reader,
+    add_runner,
+    append,
+    commands_of,
+    described,
+    markdown,
+    mesh_of,
+    read,
+    rows_of,
+    seeds_of,
+)
 
 import diffsamp as ds
 from diffsamp import posteriors
@@ -201,144 +212,129 @@ def won(row):
     return bool(good)
 
 
-def spread(rows, kind, name, form="{:.3f}"):
+def spread(rows, kind, name, form="{:.3f}", worst=max):
     """Mean and worst of an absolute value over seeds."""
     values = [row[kind].get(name) for row in rows]
     if any(v is None for v in values):
         return "-"
     values = np.abs(np.array(values, float))
-    return f"{form.format(values.mean())} ({form.format(values.max())})"
+    return f"{form.format(values.mean())} ({form.format(worst(values))})"
 
 
 def table(args):
-    rows = read(args.out)
+    rows = rows_of(args.files)
     names = sorted({row["name"] for row in rows})
     groups = {n: [row for row in rows if row["name"] == n] for n in names}
-    seeds = sorted({row["seed"] for row in rows})
-    count = sum(len(g) for g in groups.values())
-    trusted = [row for row in rows if row["sampler"]["verdict"].startswith("trust")]
+    trusted = [row for row in rows if _is_trusted(row)]
     wrong = [row for row in trusted if not won(row["sampler"])]
-    print("# Posteriors with known answers\n")
-    print(
-        "`DiffusionSampler` with default settings on all posteriors of\n"
-        "`diffsamp.posteriors`, the verdict given before the comparison. Made by\n"
-        "`python experiments/numpyro_posteriors.py run` and `table`; seeds "
-        f"{', '.join(map(str, seeds))};\n{described(rows[0])}.\n"
-    )
-    print(
-        f"Of {count} runs {len(trusted)} earn `trust`; {len(wrong)} of these miss a "
-        "limit: "
-        + (", ".join(f"{r['name']} (seed {r['seed']})" for r in wrong) or "-")
-        + ".\n"
-    )
-    print(
-        "Errors are the worst of all parameters, of means in reference standard\n"
-        "deviations (limit 0.1) and of standard deviations (0.1); mean over seeds and, "
-        "in\nbrackets, the worst seed.\n"
-    )
-    header = (
-        "posterior", "trust", "right", "mean", "sd", "log Z", "mode weight",
-        "ESS", "k-hat",
-    )  # fmt: skip
-    _head(header)
-    for name, group in groups.items():
-        own = [row["sampler"] for row in group]
-        cells = [
-            f"{sum(r['verdict'].startswith('trust') for r in own)}/{len(own)}",
-            f"{sum(map(won, own))}/{len(own)}",
-            *(
-                spread(group, "sampler", key)
-                for key in ("mean_error", "sd_error", "log_z_error", "mode_error")
-            ),
-            spread(group, "sampler", "ess", "{:.2f}"),
+    wrong = ", ".join(f"{r['name']} (seed {r['seed']})" for r in wrong) or "-"
+    lines = [
+        f"Of {len(rows)} runs {len(trusted)} earn `trust`; of these miss a limit: "
+        f"{wrong}.",
+        *("", *_answers(groups)),
+        *("", "## Cost, and NUTS beside it", "", *_costs(groups)),
+        *("", "## The pilot alone", "", *_pilots(groups)),
+        *("", "## As a kernel of MCMC", "", *_kernels(groups)),
+        *("", "## Verdicts that are not `trust`, and what misses", "", *_misses(rows)),
+        *("", f"{described(rows[0])}."),
+    ]
+    print("\n".join(lines))
+
+
+def _is_trusted(row):
+    return row["sampler"]["verdict"].startswith("trust")
+
+
+def _answers(groups):
+    heads = ["posterior", "seeds", "trust", "right", "mean", "sd", "log Z"]
+    heads += ["mode weight", "ESS", "k-hat"]
+    errors = ("mean_error", "sd_error", "log_z_error", "mode_error")
+    body = [
+        [
+            name,
+            seeds_of(group),
+            sum(map(_is_trusted, group)),
+            sum(won(row["sampler"]) for row in group),
+            *(spread(group, "sampler", error) for error in errors),
+            spread(group, "sampler", "ess", "{:.2f}", worst=min),
             spread(group, "sampler", "pareto_k", "{:.2f}"),
         ]
-        print(f"| {name} | " + " | ".join(cells) + " |")
-    print("\n## Cost, and NUTS beside it\n")
-    print(
-        "Seconds without compilation, and compilation; gradients of pilots, training "
-        "and\njudging together (energies without gradient in brackets). NUTS: 4 "
-        "chains of 1,000 draws\nafter 1,000 of warm-up, on the same machine.\n"
-    )
-    _head((
-        "posterior", "seconds", "compilation", "gradients", "NUTS seconds",
-        "compilation", "gradients", "R-hat", "mean", "sd", "mode weight",
-    ))  # fmt: skip
+        for name, group in groups.items()
+    ]
+    return markdown(heads, body)
+
+
+def _costs(groups):
+    heads = ["posterior", "seconds", "compilation", "gradients", "energies alone"]
+    heads += ["NUTS seconds", "compilation", "gradients", "R-hat", "mean", "sd"]
+    body = []
     for name, group in groups.items():
         cells = []
         for kind in ("sampler", "nuts"):
-            run_time = [r[kind]["seconds"] - r[kind]["compile_seconds"] for r in group]
-            compile_time = [r[kind]["compile_seconds"] for r in group]
+            compilation = [r[kind]["compile_seconds"] for r in group]
+            running = np.subtract([r[kind]["seconds"] for r in group], compilation)
             gradients = np.mean([r[kind]["gradients"] for r in group])
-            cells += [f"{np.mean(run_time):.0f}", f"{np.mean(compile_time):.0f}"]
-            cells.append(f"{gradients:.2g}")
+            cells += [f"{np.mean(running):.0f}", f"{np.mean(compilation):.0f}"]
+            cells.append(f"{gradients:.1e}")
         energies = np.mean([r["sampler"]["energies"] for r in group])
-        cells[2] += f" ({energies:.2g})"
-        cells.append(spread(group, "nuts", "max_rhat", "{:.2f}"))
-        for key in ("mean_error", "sd_error", "mode_error"):
-            cells.append(spread(group, "nuts", key, "{:.2f}"))
-        print(f"| {name} | " + " | ".join(cells) + " |")
-    print("\n## The pilot alone\n")
-    print("What the answer would be from the points that the sampler is trained on.\n")
-    _head(("posterior", "pilot", "gradients", "mean", "sd", "mode weight"))
+        cells.insert(3, f"{energies:.1e}")
+        errors = ("max_rhat", "mean_error", "sd_error", "mode_error")
+        cells += [spread(group, "nuts", error, "{:.2f}") for error in errors]
+        body.append([name, *cells])
+    return markdown([*heads, "mode weight"], body)
+
+
+def _pilots(groups):
+    errors = ("pilot_mean_error", "pilot_sd_error", "pilot_mode_error")
+    body = []
     for name, group in groups.items():
-        gradients = np.mean([r["sampler"]["pilot_gradients"] for r in group])
-        cells = [
-            group[0]["sampler"]["pilot_name"],
-            f"{gradients:.2g}",
-            *(
-                spread(group, "sampler", f"pilot_{key}")
-                for key in ("mean_error", "sd_error", "mode_error")
-            ),
-        ]
-        print(f"| {name} | " + " | ".join(cells) + " |")
-    print("\n## As a kernel of MCMC\n")
-    print(
-        "`DiffusionKernel` with 8 proposals, 4 chains of 1,000 draws after 1,000; HMC\n"
-        "moves between where the verdict was not `trust`.\n"
-    )
-    _head((
-        "posterior", "accepted", "R-hat", "mode jumps in 1,000", "mean", "sd",
-        "mode weight",
-    ))  # fmt: skip
-    for name, group in groups.items():
-        cells = [
-            spread(group, "kernel", "accept_prob", "{:.2f}"),
+        first = group[0]["sampler"]
+        gradients = np.mean([row["sampler"]["pilot_gradients"] for row in group])
+        cells = [spread(group, "sampler", error) for error in errors]
+        body.append([name, first["pilot_name"], f"{gradients:.1e}", *cells])
+    heads = ["posterior", "pilot", "gradients", "mean", "sd", "mode weight"]
+    return markdown(heads, body)
+
+
+def _kernels(groups):
+    body = [
+        [
+            name,
+            spread(group, "kernel", "accept_prob", "{:.2f}", worst=min),
             spread(group, "kernel", "max_rhat"),
-            spread(group, "kernel", "jumps_per_1000", "{:.0f}"),
+            spread(group, "kernel", "jumps_per_1000", "{:.0f}", worst=min),
             *(
-                spread(group, "kernel", key, "{:.2f}")
-                for key in ("mean_error", "sd_error", "mode_error")
+                spread(group, "kernel", error, "{:.2f}")
+                for error in ("mean_error", "sd_error", "mode_error")
             ),
         ]
-        print(f"| {name} | " + " | ".join(cells) + " |")
-    print("\n## Verdicts that are not `trust`, and what misses\n")
-    _head(("posterior", "seed", "verdict", "parameters beyond a limit"))
+        for name, group in groups.items()
+    ]
+    heads = ["posterior", "accepted", "R-hat", "mode jumps in 1,000"]
+    return markdown([*heads, "mean", "sd", "mode weight"], body)
+
+
+def _misses(rows):
+    body = []
     for row in rows:
         own = row["sampler"]
-        if not own["verdict"].startswith("trust") or not won(own):
-            said = own["verdict"].split(";")[0]
+        if not _is_trusted(row) or not won(own):
             misses = ", ".join(own["misses"]) or "-"
-            print(f"| {row['name']} | {row['seed']} | {said} | {misses} |")
-
-
-def _head(names):
-    print("| " + " | ".join(names) + " |")
-    print("|" + " --- |" * len(names))
+            body.append([row["name"], row["seed"], own["verdict"], misses])
+    heads = ["posterior", "seed", "verdict", "parameters beyond a limit"]
+    return markdown(heads, body)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("command", choices=("run", "table"))
+    parser, commands = commands_of(__doc__)
+    out = pathlib.Path("outputs/numpyro_posteriors.jsonl")
     names = [posterior.name for posterior in posteriors.all_posteriors()]
-    parser.add_argument("--names", nargs="+", choices=names, default=names)
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--seconds", type=float, default=240.0, help="of training")
-    default = pathlib.Path("outputs/numpyro_posteriors.jsonl")
-    parser.add_argument("--out", type=pathlib.Path, default=default)
-    add_mesh_option(parser)
+    runner = add_runner(commands, run, out)
+    runner.add_argument("--names", nargs="+", choices=names, default=names)
+    runner.add_argument("--seconds", type=float, default=240.0, help="of training")
+    add_reader(commands, table, out)
     args = parser.parse_args()
-    {"run": run, "table": table}[args.command](args)
+    args.do(args)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import math
 import pathlib
 
 import numpy as np
-from rows import described, summarise
+from rows import described, markdown, summarise
 
 COLUMNS = (  # title, name, form, what the worst is the largest of
     ("log Z error", "log_z_error", "{:+.3f}", abs),
@@ -57,13 +57,10 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("files", type=pathlib.Path, nargs="+")
     rows = sorted(map(read, parser.parse_args().files), key=lambda row: row["seed"])
-    print("| seed | " + " | ".join(column[0] for column in COLUMNS) + " |")
-    print("| --- " * (len(COLUMNS) + 1) + "|")
-    for row in rows:
-        cells = " | ".join(cell(row, *column[1:3]) for column in COLUMNS)
-        print(f"| {row['seed']} | {cells} |")
-    cells = " | ".join(summarise(rows, *column[1:]) for column in COLUMNS)
-    print(f"| mean (worst) | {cells} |\n")
+    body = [[row["seed"], *(cell(row, *c[1:3]) for c in COLUMNS)] for row in rows]
+    body.append(["mean (worst)", *(summarise(rows, *c[1:]) for c in COLUMNS)])
+    print("\n".join(markdown(["seed", *(column[0] for column in COLUMNS)], body)))
+    print()
     for row in rows:
         print(f"* seed {row['seed']}: {row['verdict']}")
     first = rows[0]

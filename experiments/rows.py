@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import json
 import os
+import pathlib
 import platform
 
 import jax
@@ -15,6 +17,32 @@ import diffsamp as ds
 PACKAGES = ("diffsamp", "jax", "jaxlib", "flax", "optax", "distrax", "blackjax")
 PACKAGES += ("numpyro", "scipy")
 SINKHORN_POINTS = 1_000  # in a set, at most
+
+
+def commands_of(doc):
+    """A parser, and where its commands are added."""
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    return parser, parser.add_subparsers(required=True)
+
+
+def add_runner(commands, do, out, seeds=(0, 1, 2), name="run"):
+    """A command that appends rows to a file; its parser."""
+    runner = commands.add_parser(name)
+    runner.add_argument("--seeds", type=int, nargs="+", default=list(seeds))
+    runner.add_argument("--out", type=pathlib.Path, default=out)
+    add_mesh_option(runner)
+    runner.set_defaults(do=do)
+    return runner
+
+
+def add_reader(commands, do, out, name="table"):
+    """A command that reads files of rows; its parser."""
+    reader = commands.add_parser(name)
+    reader.add_argument("files", type=pathlib.Path, nargs="*", default=[out])
+    reader.set_defaults(do=do)
+    return reader
 
 
 def add_mesh_option(parser):
@@ -44,6 +72,18 @@ def read(path):
     if not path.exists():
         return []
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def rows_of(files):
+    """Rows of several files, by seed.
+
+    Raises:
+        SystemExit: when there are none.
+    """
+    rows = [row for path in files for row in read(path)]
+    if not rows:
+        raise SystemExit(f"no rows in {', '.join(map(str, files))}; run first")
+    return sorted(rows, key=lambda row: row["seed"])
 
 
 def append(path, row, packages=()):
@@ -87,6 +127,17 @@ def described(row):
     """The environment of a row in words."""
     versions = ", ".join(f"{name} {v}" for name, v in row["versions"].items())
     return f"{row['device']}, Python {row['python']}, {versions}"
+
+
+def markdown(heads, body):
+    """Lines of a table."""
+    lines = [heads, ["---"] * len(heads), *body]
+    return ["| " + " | ".join(map(str, line)) + " |" for line in lines]
+
+
+def seeds_of(rows):
+    """Their seeds, for a cell of a table."""
+    return ", ".join(str(row["seed"]) for row in rows)
 
 
 def summarise(rows, name, form, badness):

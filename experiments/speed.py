@@ -38,7 +38,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import linen as nn
-from rows import add_mesh_option, append, described, mesh_of, read
+from rows import add_mesh_option, append, described, markdown, mesh_of, read
 
 import diffsamp as ds
 from diffsamp import meshes, scoring, training
@@ -643,12 +643,7 @@ def table(args):
 
 
 def _print_table(title, header, lines):
-    print(f"## {title}\n")
-    print("| " + " | ".join(header) + " |")
-    print("|" + " --- |" * len(header))
-    for line in lines:
-        print("| " + " | ".join(str(entry) for entry in line) + " |")
-    print()
+    print("\n".join([f"## {title}", "", *markdown(header, lines), ""]))
 
 
 ONCE = " (one run)"  # after the times of slow updates, which are not repeated

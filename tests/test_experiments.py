@@ -109,7 +109,7 @@ RUNS = {  # the commands of every script that train, draw or time either
     "benchmark": ("run",),
     "consistent": ("run",),
     "exploration": ("run",),
-    "numpyro_posteriors": ("",),
+    "numpyro_posteriors": ("run",),
     "quickstart": ("",),
     "speed": tuple(_script("speed").MEASURES),
 }
@@ -401,16 +401,51 @@ def test_table_of_exploration(tmp_path, arguments, capsys):
         {"target": "gmm25", "method": "local_search", "modes_found": 24, "ess": None},
         {"target": "gmm25", "method": "local_search", "modes_found": 25, "ess": 0.5},
     ]
+    rows = [{**shared, "seed": i % 2, **row} for i, row in enumerate(rows)]
     out = tmp_path / "rows.jsonl"
-    out.write_text("".join(json.dumps({**shared, **row}) + "\n" for row in rows))
+    out.write_text("".join(json.dumps(row) + "\n" for row in rows))
     arguments("table", out)
     script.main()
     lines = capsys.readouterr().out.splitlines()
-    assert lines[2].startswith("| gmm25 | local_search | 2 | - | - |")
+    assert lines[2].startswith("| gmm25 | local_search | 0, 1 | - | - |")
     assert "| 0.50 (0.50) | 24 (24) |" in lines[2]
-    assert lines[3].startswith("| manywell | seeded | 2 | -0.250 (-0.750) |")
+    assert lines[3].startswith("| manywell | seeded | 0, 1 | -0.250 (-0.750) |")
     assert "8.500 (9.000)" in lines[3]
     assert "10 draws, cpu" in lines[-1]
+
+
+def test_table_of_posteriors_names_false_trust(tmp_path, arguments, capsys):
+    chain = {"seconds": 9.0, "compile_seconds": 4.0, "gradients": 1e5, "max_rhat": 1.5}
+    chain |= {"mean_error": 0.5, "sd_error": 0.25}
+    good = {"mean_error": 0.0625, "sd_error": 0.03125, "misses": [], "pareto_k": 0.25}
+    good |= {"seconds": 90.0, "compile_seconds": 30.0, "gradients": 2e6, "energies": 4}
+    good |= {"ess": 0.5, "pilot_gradients": 1e6, "pilot_name": "SMC"}
+    changes = [
+        {"verdict": "trust"},
+        {"verdict": "trust", "misses": ["mu"], "mean_error": 0.1875, "ess": 0.25},
+        {"verdict": "reweight (why)", "misses": ["mu", "tau"]},
+        {"verdict": "trust", "log_z_error": 0.05, "log_z_standard_error": 0.01},
+    ]
+    shared = {"name": "ark", "nuts": chain, "kernel": chain | {"accept_prob": 0.5}}
+    shared |= {"device": "cpu", "python": "3", "versions": {"jax": "1.2.3"}}
+    rows = [
+        {**shared, "seed": seed, "sampler": good | change}
+        for seed, change in enumerate(changes)
+    ]
+    out = tmp_path / "rows.jsonl"
+    out.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments("table", out)
+    _script("numpyro_posteriors").main()
+    lines = capsys.readouterr().out.splitlines()
+    missing = "ark (seed 1), ark (seed 3)."
+    assert lines[0] == f"Of 4 runs 3 earn `trust`; of these miss a limit: {missing}"
+    assert lines[4].startswith("| ark | 0, 1, 2, 3 | 3 | 1 | 0.094 (0.188) | 0.031 ")
+    assert "| - | - | 0.44 (0.25) | 0.25 (0.25) |" in lines[4]
+    costs = "| ark | 60 | 30 | 2.0e+06 | 4.0e+00 | 5 | 4 | 1.0e+05 | 1.50 (1.50) |"
+    assert any(line.startswith(costs) for line in lines)
+    assert "| ark | 1 | trust | mu |" in lines
+    assert "| ark | 2 | reweight (why) | mu, tau |" in lines
+    assert "jax 1.2.3" in lines[-1]
 
 
 def test_methods_of_exploration_fit_their_objectives():
