@@ -27,6 +27,8 @@ Value = TypeVar("Value")
 MAX_ASSIGNMENT = 2_000
 """Largest set for the exact assignment of `wasserstein2`: about 1 s, cubic in N."""
 
+_STORED_DISTANCES = 2**26  # of `sinkhorn_scds`: 256 MiB in float32
+
 
 class SinkhornDivergence(NamedTuple):
     """A debiased entropic transport cost.
@@ -203,8 +205,9 @@ def sinkhorn_scds(
     This is **not converged**: at such an epsilon the plan's marginal over x is still
     far off. The value therefore depends on the number of points, on the iteration count
     and on the order of the arguments, and is neither a distance nor a bound of one.
-    Always state N with it. Computed in JAX's default precision, with 4 N M bytes in
-    float32.
+    Always state N with it. Computed in JAX's default precision. Up to 2^26 distances
+    are kept; more are computed anew in every iteration, so that 100,000 points fit in
+    memory, though hardly in patience without an accelerator.
 
     Convention: that of `sde_sampler` (Richter and Berner; after
     fwilliams/scalable-pytorch-sinkhorn), whose defaults for cost, epsilon and number of
@@ -239,7 +242,10 @@ def sinkhorn_scds(
         return float("nan")
     centre = np.mean(points_y, axis=0)
     x_array, y_array = jnp.asarray(points_x - centre), jnp.asarray(points_y - centre)
-    return float(_unconverged_cost(x_array, y_array, epsilon, num_iterations))
+    stored = len(points_x) * len(points_y) <= _STORED_DISTANCES
+    return float(
+        _unconverged_cost(x_array, y_array, epsilon, num_iterations, stored=stored)
+    )
 
 
 def mmd(x: ArrayLike, y: ArrayLike, *, bandwidth: float | None = None) -> float:
@@ -583,28 +589,45 @@ def _mean_square_distance(x: np.ndarray, y: np.ndarray) -> float:
     return float(np.sum(np.var(x, axis=0)) + np.sum(np.var(y, axis=0)) + between)
 
 
-@jax.jit
-def _unconverged_cost(x: Array, y: Array, epsilon: Any, num_iterations: Any) -> Array:
-    """Cost <P, M> of the plan after so many Sinkhorn iterations, in log space."""
-    num_x, num_y = x.shape[0], y.shape[0]
+@functools.partial(jax.jit, static_argnames="stored")
+def _unconverged_cost(
+    x: Array, y: Array, epsilon: Any, num_iterations: Any, *, stored: bool
+) -> Array:
+    """Cost <P, M> of the plan after so many Sinkhorn iterations, in log space.
+
+    Distances are kept, or computed anew whenever they are needed.
+    """
     # Row by row: a difference [N, M, D] would not fit, and |x|^2 + |y|^2 - 2 x y
     # cancels. A block of rows at a time keeps the device busy.
-    block = max(1, 2**22 // y.size)
-    distance = jax.lax.map(
-        lambda row: jnp.sqrt(jnp.sum((row[None, :] - y) ** 2, axis=1)),
-        x,
-        batch_size=min(block, num_x),
-    )
-    log_a, log_b = -np.log(num_x), -np.log(num_y)
+    block = max(1, 2**22 // max(x.size, y.size))
+
+    def by_rows(function, *rows):
+        rows_at_once = min(block, rows[0].shape[0])
+        return jax.lax.map(lambda row: function(*row), rows, batch_size=rows_at_once)
+
+    def distances(others):
+        return lambda point: jnp.sqrt(jnp.sum((point - others) ** 2, axis=1))
+
+    of_x, of_y = distances(y), distances(x)
+    if stored:
+        x = by_rows(of_x, x)
+        y, of_x, of_y = x.T, lambda row: row, lambda row: row
+    log_a, log_b = -np.log(x.shape[0]), -np.log(y.shape[0])
 
     def iterate(_, potentials):
         _, v = potentials
-        scaled = (v[None, :] - distance) / epsilon
-        u = epsilon * (log_a - jax.nn.logsumexp(scaled, axis=1))
-        scaled = (u[:, None] - distance) / epsilon
-        return u, epsilon * (log_b - jax.nn.logsumexp(scaled, axis=0))
 
-    start = jnp.zeros(num_x, x.dtype), jnp.zeros(num_y, x.dtype)
+        def best(log_share, potential, distance):
+            scaled = (potential - distance) / epsilon
+            return epsilon * (log_share - jax.nn.logsumexp(scaled))
+
+        u = by_rows(lambda row: best(log_a, v, of_x(row)), x)
+        return u, by_rows(lambda row: best(log_b, u, of_y(row)), y)
+
+    def cost(row, u):
+        distance = of_x(row)
+        return jnp.sum(jnp.exp((u + v - distance) / epsilon) * distance)
+
+    start = jnp.zeros(x.shape[0], x.dtype), jnp.zeros(y.shape[0], x.dtype)
     u, v = jax.lax.fori_loop(0, num_iterations, iterate, start)
-    plan = jnp.exp((u[:, None] + v[None, :] - distance) / epsilon)
-    return jnp.sum(plan * distance)
+    return jnp.sum(by_rows(cost, x, u))

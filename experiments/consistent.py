@@ -3,6 +3,7 @@
     python experiments/consistent.py run
     python experiments/consistent.py table
     python experiments/consistent.py plot
+    python experiments/consistent.py footnote
 
 Every method is trained once per target and seed, and judged at all step counts:
 
@@ -16,11 +17,14 @@ Every method is trained once per target and seed, and judged at all step counts:
 checkpoints and a few draws beside it, and skips what is already there. Deterministic
 draws, along the probability flow (of cdds: with its little noise), are what distances
 and errors of modes and quantiles are of; weights are those of the stochastic kernels.
+`footnote` has the number of the SCDS paper, which depends on how many points there are,
+of draws in one step and between two exact sets.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import pathlib
 import time
 
@@ -194,10 +198,7 @@ def judge(cell, method, sampler, params, num_steps, seed, args):
     numbers += ("ess", "forward_ess", "pareto_k", "verdict", "elbo_gap", "eubo_gap")
     numbers += ("mode_tv", "mode_tv_unweighted", "mode_tv_floor")
     found = {name: result[name] for name in numbers if name in result}
-    drawn = few  # of the student, whose noise is next to none
-    if method != "cdds":
-        solver = ds.solvers.dpm_solver() if method == "teacher" else ds.solvers.frozen()
-        drawn = ds.probability_flow(few, solver)
+    drawn = deterministic(method, few)
     of_target = drawn, params, target.energy
     draws = ds.draw(keys[1], *of_target, args.num_draws, mesh=mesh)
     found |= shape(target, draws.x)
@@ -220,6 +221,14 @@ def judge(cell, method, sampler, params, num_steps, seed, args):
         ds.draw(keys[2], *of_target, TIMED_DRAWS, mesh=mesh)
         found["seconds_per_100_000"] = time.perf_counter() - begin
     return found
+
+
+def deterministic(method, sampler):
+    """Along the probability flow; of the student as it is: it has next to no noise."""
+    if method == "cdds":
+        return sampler
+    solver = ds.solvers.dpm_solver() if method == "teacher" else ds.solvers.frozen()
+    return ds.probability_flow(sampler, solver)
 
 
 def in_parallel(key, flow, params, target, num_rows=256):
@@ -314,28 +323,66 @@ def band_error(x, exact, num_bands=5):
 
 
 def run(args):
-    for seed in args.seeds:
-        for cell in CELLS:
-            for method in cell.methods:
-                if cell.target not in args.targets or method not in args.methods:
-                    continue
-                base = {"target": cell.target, "method": method, "seed": seed}
-                keys = (*base, "num_steps")
-                done = [tuple(row[k] for k in keys) for row in read(args.out)]
-                steps = [k for k in STEPS if k <= cell.num_steps]
-                steps = [k for k in steps if (*base.values(), k) not in done]
-                if not steps:
-                    continue
-                sampler, params, spent = train(cell, method, seed, args)
-                for num_steps in steps:
-                    of = cell, method, sampler, params, num_steps, seed
-                    found = judge(*of, args)
-                    label = {**base, "num_steps": num_steps}
-                    settings = {**dataclasses.asdict(cell), "num_draws": args.num_draws}
-                    append(args.out, {**settings, **label, **spent, **found})
-                    brief = ("log_z_error", "ess", "pareto_k", "flow_mode_tv")
-                    brief = {k: found.get(k) for k in (*brief, "flow_w2_ratio")}
-                    print(*label.values(), brief, flush=True)
+    for seed, (cell, method) in itertools.product(args.seeds, chosen(args)):
+        base = {"target": cell.target, "method": method, "seed": seed}
+        keys = (*base, "num_steps")
+        done = [tuple(row[k] for k in keys) for row in read(args.out)]
+        steps = [k for k in STEPS if k <= cell.num_steps]
+        steps = [k for k in steps if (*base.values(), k) not in done]
+        if not steps:
+            continue
+        sampler, params, spent = train(cell, method, seed, args)
+        for num_steps in steps:
+            found = judge(cell, method, sampler, params, num_steps, seed, args)
+            label = {**base, "num_steps": num_steps}
+            settings = {**dataclasses.asdict(cell), "num_draws": args.num_draws}
+            append(args.out, {**settings, **label, **spent, **found})
+            brief = ("log_z_error", "ess", "pareto_k", "flow_mode_tv", "flow_w2_ratio")
+            print(*label.values(), {k: found.get(k) for k in brief}, flush=True)
+
+
+def chosen(args):
+    """The cells and methods that were asked for."""
+    for cell in CELLS:
+        for method in cell.methods:
+            if cell.target in args.targets and method in args.methods:
+                yield cell, method
+
+
+def footnote(args):
+    """Sinkhorn's cost as the SCDS paper has it, at several numbers of points."""
+    for seed, (cell, method) in itertools.product(args.seeds, chosen(args)):
+        target = ds.targets.by_name(cell.target)
+        if target.sample is None:
+            continue
+        base = {"target": cell.target, "method": method, "seed": seed}
+        keys = (*base, "num_points")
+        done = [tuple(row[k] for k in keys) for row in read(args.out)]
+        wanted = [num for num in args.points if (*base.values(), num) not in done]
+        if not wanted:
+            continue
+        sampler, params, _ = train(cell, method, seed, args)
+        drawn = deterministic(method, sampler.with_num_steps(1))
+        for num in wanted:
+            key = jax.random.fold_in(jax.random.key(seed), 20_000 + num)
+            for_draws, first, second = jax.random.split(key, 3)
+            x = ds.draw(for_draws, drawn, params, target.energy, num).x
+            a, b = (np.asarray(target.sample(k, num)) for k in (first, second))
+            cost, floor = (ds.metrics.sinkhorn_scds(v, a) for v in (x, b))
+            row = {**base, "num_points": num, "cost": cost, "floor": floor}
+            append(args.out, row)
+            print(*row.values(), flush=True)
+    body = []
+    for cell, method in chosen(args):
+        for num in args.points:
+            label = (cell.target, method, num)
+            keys = ("target", "method", "num_points")
+            own = [r for r in read(args.out) if tuple(r[k] for k in keys) == label]
+            if own:
+                cells = [summarise(own, c, "{:.4f}", float) for c in ("cost", "floor")]
+                body.append([*label, seeds_of(own), *cells])
+    heads = ["target", "method", "points", "seeds", "cost", "of exact sets"]
+    print("\n".join(["", *markdown(heads, body)]))
 
 
 COLUMNS = (
@@ -502,10 +549,15 @@ def main():
     out = pathlib.Path("outputs/consistent.jsonl")
     names = list(dict.fromkeys(cell.target for cell in CELLS))
     runner = add_runner(commands, run, out)
-    runner.add_argument("--targets", nargs="+", choices=names, default=names)
-    runner.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     runner.add_argument("--num-draws", type=int, default=10_000)
-    runner.add_argument("--num-updates", type=int, help="instead of the cell's own")
+    beside = add_runner(
+        commands, footnote, out.with_name("consistent_sinkhorn.jsonl"), name="footnote"
+    )
+    beside.add_argument("--points", type=int, nargs="+", default=[2_000, 6_000])
+    for one in (runner, beside):
+        one.add_argument("--targets", nargs="+", choices=names, default=names)
+        one.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
+        one.add_argument("--num-updates", type=int, help="instead of the cell's own")
     printer = add_reader(commands, table, out)
     printer.add_argument("--num-steps", type=int, nargs="+", default=[1, 2, 4, 8, 128])
     plotter = add_reader(commands, plot, out, "plot")

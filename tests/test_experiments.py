@@ -107,7 +107,7 @@ RUNS = {  # the commands of every script that train, draw or time either
     "adaptive_destruction": ("grid", "ablation"),
     "amortised": ("run",),
     "benchmark": ("run",),
-    "consistent": ("run",),
+    "consistent": ("run", "footnote"),
     "exploration": ("run",),
     "numpyro_posteriors": ("run",),
     "quickstart": ("",),

@@ -105,7 +105,9 @@ def scds_in_numpy(x, y, epsilon, num_iterations):
 
 
 @pytest.mark.parametrize("num_iterations", [1, 7, 100])
-def test_sinkhorn_scds_counts_its_iterations(num_iterations):
+@pytest.mark.parametrize("stored", [True, False])
+def test_sinkhorn_scds_counts_its_iterations(num_iterations, stored, monkeypatch):
+    monkeypatch.setattr(metrics, "_STORED_DISTANCES", 70 * 50 - (not stored))
     x, y = sets(5, 70, 50, 3)
     expected, plan = scds_in_numpy(x, y, 1e-3, num_iterations)
     np.testing.assert_allclose(plan.sum(axis=0), 1 / 50, rtol=1e-9)
