@@ -607,8 +607,8 @@ def _bytes(path):
     return path.read_bytes() if path.exists() else b""
 
 
-@pytest.mark.timeout(600)
-@pytest.mark.parametrize("lives", [1, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow  # .ci/run takes one life
+@pytest.mark.parametrize("lives", [1, 3])
 def test_killed_runs_end_with_the_same_bits(tmp_path, lives):
     (tmp_path / "train.py").write_text(SCRIPT)
     _finish(_start(tmp_path, "whole"), tmp_path)

@@ -58,7 +58,7 @@ def test_readme_example_is_right():
     assert abs(float(weights[x[:, 0] < 0].sum()) - 0.8) < 0.05
 
 
-@pytest.mark.slow  # test_face.py runs the same every time
+@pytest.mark.slow  # test_face.py has the same with more to check
 def test_face_of_the_design_page_runs(tmp_path):
     text = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
     code = re.search(r"## The face\n\n```python\n(.*?)\n```", text, re.DOTALL).group(1)

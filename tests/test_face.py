@@ -12,6 +12,7 @@ import diffsamp as ds
 pytestmark = pytest.mark.relaxed("dtypes", "ranks")
 
 
+@pytest.mark.slow  # .ci/run takes it
 def test_the_face_runs_as_written(tmp_path):
     target = ds.targets.gmm25()
     assert target.energy(jnp.zeros(target.dim)).shape == ()
