@@ -19,13 +19,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from rows import (
-    SINKHORN_POINTS,
     add_reader,
     add_runner,
     append,
     commands_of,
     described,
-    distances,
     markdown,
     mesh_of,
     read,
@@ -33,6 +31,7 @@ from rows import (
     seeds_of,
     summarise,
 )
+from transport import SINKHORN_POINTS, distances
 
 import diffsamp as ds
 

@@ -39,7 +39,6 @@ from rows import (
     append,
     commands_of,
     described,
-    distances,
     markdown,
     mesh_of,
     read,
@@ -47,6 +46,7 @@ from rows import (
     seeds_of,
     summarise,
 )
+from transport import distances
 
 import diffsamp as ds
 

@@ -16,7 +16,6 @@ import diffsamp as ds
 
 PACKAGES = ("diffsamp", "jax", "jaxlib", "flax", "optax", "distrax", "blackjax")
 PACKAGES += ("numpyro", "scipy")
-SINKHORN_POINTS = 1_000  # in a set, at most
 
 
 def commands_of(doc):
@@ -157,35 +156,3 @@ def well_errors(x, log_weight):
         weights = np.exp(log_weight - np.max(log_weight))
     right = weights @ (np.asarray(x)[:, 0::2] > 0) / weights.sum()
     return np.abs(right - share)
-
-
-def distances(key, target, points, num_repeats):
-    """W2 and Sinkhorn on disjoint sets of points over their floors, and the noise.
-
-    The points are cut into ``num_repeats`` sets. One pair of sets is not enough: mode
-    counts alone move W2 by tens of per cent.
-    """
-    pairs, size = {"w2": [], "sinkhorn": []}, len(points) // num_repeats
-    for repeat in range(num_repeats):
-        keys = jax.random.split(jax.random.fold_in(key, repeat), 2)
-        a, b = (np.asarray(target.sample(k, size)) for k in keys)
-        part = points[repeat * size : (repeat + 1) * size]
-        w2 = [ds.metrics.wasserstein2(c, a) for c in (part, b)]
-        pairs["w2"].append(w2)
-        few = a[:SINKHORN_POINTS]
-        epsilon = 0.05 * float(np.sum(np.var(few, axis=0)))  # one for both
-        sinkhorn = [
-            ds.metrics.sinkhorn_divergence(
-                c[:SINKHORN_POINTS], few, epsilon=epsilon
-            ).value
-            for c in (part, b)
-        ]
-        pairs["sinkhorn"].append(sinkhorn)
-    out = {"num_repeats": num_repeats}
-    for name, values in pairs.items():
-        found, floor = np.array(values).T
-        out[name], out[f"{name}_floor"] = found.mean(), floor.mean()
-        out[f"{name}_ratio"] = found.mean() / floor.mean()
-        noise = np.std(found - floor, ddof=1) / np.sqrt(num_repeats)
-        out[f"{name}_ratio_se"] = noise / floor.mean()
-    return out

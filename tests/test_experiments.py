@@ -117,7 +117,8 @@ RUNS = {  # the commands of every script that train, draw or time either
 
 def test_no_script_is_left_out():
     scripts = {path.stem for path in FOLDER.glob("*.py")}
-    not_training = {"rows", "quickstart_table", "tutorial"}  # the page as it stands
+    not_training = {"rows", "transport", "quickstart_table"}
+    not_training |= {"tutorial"}  # the page as it stands
     assert scripts - not_training == set(RUNS)
 
 
@@ -522,6 +523,46 @@ def test_a_small_amortised_run(tmp_path, arguments, monkeypatch, capsys):
     arguments("table", out)
     script.main()
     assert "| both | 5 | 0 |" in capsys.readouterr().out
+
+
+def test_transport_between_mode_shares():
+    transport = _script("transport").transport
+    price = np.subtract.outer([0.0, 1.0, 3.0], [0.0, 1.0, 3.0]) ** 2
+    p, q = np.array([0.5, 0.5, 0.0]), np.array([0.3, 0.3, 0.4])
+    # Along a line the order is kept: 0.2 of the first to 1, then 0.4 of 1 to 3.
+    assert transport(price, p, q) == pytest.approx(0.2 * 1 + 0.4 * 4)
+    assert transport(price, q, q) == pytest.approx(0, abs=1e-12)
+
+
+def test_what_mode_counts_explain_is_taken_out():
+    controlled = _script("transport").controlled
+    rng = np.random.default_rng(0)
+    simulated = rng.gamma(2.0, size=(5_000, 2))
+    beside = rng.gamma(2.0, size=(10, 2)) + 1.0  # a bad sample of these
+    rest = 0.01 * rng.normal(size=(10, 2))
+    values = np.array([1.0, 2.0]) + 3.0 * beside + rest
+    found = controlled(values, (beside, simulated))
+    assert found.found == pytest.approx(1 + 3 * 2, abs=0.2)
+    assert found.floor == pytest.approx(2 + 3 * 2, abs=0.2)
+    plain = controlled(values)
+    assert plain.found > 9
+    assert found.noise < plain.noise / 10
+    # What simulation leaves: 3 times the standard error of a difference of means.
+    assert found.noise == pytest.approx(3 * np.sqrt(2 * 2 / 5_000), rel=0.1)
+
+
+@pytest.mark.slow
+def test_distances_are_at_their_floor_for_exact_draws_only():
+    distances = _script("transport").distances
+    target = ds.targets.gmm9()
+    x = np.asarray(target.sample(jax.random.key(1), 4_000))
+    found = distances(jax.random.key(0), target, x, 10)
+    for name in ("w2", "sinkhorn"):
+        ratio, noise = found[f"{name}_ratio"], found[f"{name}_ratio_se"]
+        assert noise < 0.1
+        assert abs(ratio - 1) < 4 * noise
+    found = distances(jax.random.key(0), target, x + np.array([1.0, 0.0]), 10)
+    assert found["sinkhorn_ratio"] > 1 + 4 * found["sinkhorn_ratio_se"]
 
 
 def test_consistent_settings_are_defined():
