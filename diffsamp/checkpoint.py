@@ -54,6 +54,7 @@ CLASSES = {
         networks.ReferenceGuidedModule,
         networks.ConsistencyModule,
         networks.ContractiveModule,
+        networks.CoordinatewiseModule,
         networks.DataPredictionModule,
     )
 }

@@ -178,6 +178,7 @@ NETWORKS = {
         ds.networks.annealed_score_guided, **SMALL
     ),
     "reference_guided": functools.partial(ds.networks.reference_guided, **SMALL),
+    "coordinatewise": functools.partial(ds.networks.coordinatewise, **SMALL),
     "reduced_precision": lambda *args, **options: ds.networks.reduced_precision(
         ds.networks.free(*args, **SMALL | options)
     ),

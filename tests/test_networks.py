@@ -59,6 +59,7 @@ INITIAL = {
     # gain * (s_t - s_0) with s_t = (1 - t) s_0 + t score and s_0 = -x
     "annealed_score_guided": lambda: 0.5 * (0.75 * -X + 0.25 * SCORE + X),
     "reference_guided": lambda: 0.5 * 0.75 * -X,
+    "coordinatewise": lambda: 0.5 * (0.75 * -X + 0.25 * SCORE + X),
     "reduced_precision": lambda: np.zeros(DIM),
 }
 
@@ -77,7 +78,9 @@ def test_annealed_score_without_offset_is_annealed_langevin():
     np.testing.assert_allclose(out, 0.5 * (0.75 * -X + 0.25 * SCORE), rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["score_guided", "annealed_score_guided"])
+@pytest.mark.parametrize(
+    "name", ["score_guided", "annealed_score_guided", "coordinatewise"]
+)
 def test_score_input_is_clipped_and_made_finite(name):
     control = NETWORKS[name](score_clip=2.0)
     params = perturbed(control.init(jax.random.key(0), DIM, 0), 0.3)
@@ -133,6 +136,20 @@ def test_time_and_state_are_looked_at(name):
     out = control(params, X, T, seen)
     assert np.all(out != control(params, X, T + 0.5, seen))
     assert np.all(out != control(params, X + 1.0, T, seen))
+
+
+def test_coordinates_share_one_function_but_for_their_index():
+    control = ds.networks.coordinatewise(8, 1, learn_variance=True, use_score=False)
+    assert not control.needs_score
+    params = perturbed(control.init(jax.random.key(0), DIM, 0), 0.3)
+    same = jax.tree.map(lambda a: a, params)
+    own = same["params"]["embedding"]
+    same["params"]["embedding"] = jnp.broadcast_to(own[:1], own.shape)
+    alike, seen = jnp.full(DIM, 0.7), context(needs_score=False)
+    out = control(same, alike, T, seen).reshape(2, DIM)
+    np.testing.assert_allclose(out, np.tile(out[:, :1], DIM), rtol=1e-5)
+    out = control(params, alike, T, seen).reshape(2, DIM)
+    assert np.all(np.ptp(out, axis=1) > 1e-3)
 
 
 def test_width_and_depth():

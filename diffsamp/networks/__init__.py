@@ -21,6 +21,10 @@ from diffsamp.networks.controls import backbone as backbone
 from diffsamp.networks.controls import free as free
 from diffsamp.networks.controls import reference_guided as reference_guided
 from diffsamp.networks.controls import score_guided as score_guided
+from diffsamp.networks.coordinatewise import (
+    CoordinatewiseModule as CoordinatewiseModule,
+)
+from diffsamp.networks.coordinatewise import coordinatewise as coordinatewise
 from diffsamp.networks.data_prediction import (
     DataPredictionModule as DataPredictionModule,
 )
@@ -38,6 +42,7 @@ __all__ = [
     "Context",
     "ContractiveModule",
     "Control",
+    "CoordinatewiseModule",
     "DataPredictionModule",
     "FourierFeatures",
     "FourierMLP",
@@ -53,6 +58,7 @@ __all__ = [
     "backbone",
     "consistency",
     "contractive",
+    "coordinatewise",
     "data_prediction",
     "free",
     "from_function",

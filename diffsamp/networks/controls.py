@@ -14,7 +14,8 @@ from diffsamp.networks.fourier import FourierMLP, TimeScale
 from diffsamp.types import Array
 
 
-def _clip(value: Array, bound: float) -> Array:
+def clip_outputs(value: Array, bound: float) -> Array:
+    """Within the bounds, and finite."""
     return jnp.clip(jnp.nan_to_num(value), -bound, bound)
 
 
@@ -54,9 +55,9 @@ class _Head(nn.Module):
         drift, log_variance, residual = (
             out[start : start + size] for start in (0, size, 2 * size)
         )
-        residual = _clip(residual, self.output_clip)
+        residual = clip_outputs(residual, self.output_clip)
         rest = jnp.concatenate([jnp.nan_to_num(log_variance), residual])
-        return _clip(drift, self.output_clip), rest
+        return clip_outputs(drift, self.output_clip), rest
 
 
 def _head(module) -> _Head:
@@ -104,7 +105,7 @@ class ScoreGuidedModule(nn.Module):
         head = _head(self)
         drift, rest = head(x, t, context)
         scale = TimeScale(self.width, x.shape[-1], self.initial_guidance)(t)
-        guide = scale * _clip(context.score, self.score_clip)
+        guide = scale * clip_outputs(context.score, self.score_clip)
         return jnp.concatenate([drift + context.gain * guide, rest])
 
 
@@ -130,7 +131,7 @@ class AnnealedScoreModule(nn.Module):
         head = _head(self)
         drift, rest = head(x, t, context)
         scale = TimeScale(self.width, x.shape[-1])(t)
-        score = (1 - t) * -x + t * _clip(context.score, self.score_clip)
+        score = (1 - t) * -x + t * clip_outputs(context.score, self.score_clip)
         guide = context.gain * scale * (score + self.offset * x)
         return jnp.concatenate([drift + guide, rest])
 
