@@ -247,7 +247,8 @@ def table(args):
         f"Mean (worst) over seeds, {first['num_draws']:,} draws, {described(first)}. "
         f"W2 ({NUM_POINTS:,} points) and the debiased Sinkhorn divergence "
         f"({SINKHORN_POINTS:,} points) are means over disjoint sets ({repeats}) over "
-        "the same between exact sets; their noise is the standard error of one seed."
+        "the same between exact sets, less what mode counts explain of their noise, "
+        "which is the standard error of one seed."
     )
     print("\n".join([*lines, "", note, "", "Verdicts:", "", *verdicts]))
 

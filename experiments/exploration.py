@@ -46,31 +46,37 @@ class Cell:
     methods: tuple[str, ...] = ("on_policy", "exploration", "local_search", "seeded")
     width: int = 64
     batch_size: int = 256
+    coordinatewise: bool = False
+    learning_rate: float = 2e-3
 
 
+MANY_WELLS = {
+    "scale": 1.6,
+    "smallest_scale": 0.1,
+    "num_steps": 32,
+    "width": 16,
+    "batch_size": 128,
+    "coordinatewise": True,
+    "learning_rate": 3e-3,
+}
 CELLS = (
     Cell("gmm25", 7.0, 0.08, num_steps=100, num_updates=2_000),
     Cell("gmm40", 25.0, 0.04, num_steps=100, num_updates=2_000),
-    Cell("manywell", 1.6, 0.1, num_steps=50, num_updates=4_000),
+    Cell("manywell", num_updates=1_500, **MANY_WELLS),
     Cell(
-        *("manywell_64", 1.6, 0.1),
-        num_steps=50,
-        num_updates=2_500,
+        "manywell_64",
+        num_updates=1_000,
         methods=("on_policy", "seeded", "trust_region"),
-        width=128,
-        batch_size=128,
+        **MANY_WELLS,
     ),
     Cell(
-        *("manywell_128", 1.6, 0.1),
-        num_steps=50,
-        num_updates=2_500,
+        "manywell_128",
+        num_updates=800,
         methods=("seeded", "trust_region"),
-        width=128,
-        batch_size=128,
+        **MANY_WELLS,
     ),
 )
 METHODS = ("on_policy", "exploration", "local_search", "seeded", "trust_region")
-LEARNING_RATE = 2e-3
 NUM_PARTICLES = 2_048
 
 
@@ -78,6 +84,16 @@ def target_of(name):
     if name.startswith("manywell_"):
         return ds.targets.manywell(int(name.removeprefix("manywell_")))
     return ds.targets.by_name(name)
+
+
+def network_of(cell):
+    networks = ds.networks
+    make = (
+        networks.coordinatewise
+        if cell.coordinatewise
+        else networks.annealed_score_guided
+    )
+    return make(cell.width, learn_variance=True)
 
 
 def make_method(method, num_updates):
@@ -113,7 +129,7 @@ def train_and_evaluate(cell, method, seed, args):
         num_steps=cell.num_steps,
         scale=cell.scale,
         schedule=ds.schedules.geometric(cell.smallest_scale),
-        network=ds.networks.annealed_score_guided(cell.width, learn_variance=True),
+        network=network_of(cell),
     )
     objective, behaviour = make_method(method, cell.num_updates)
     key, mesh = jax.random.key(seed), mesh_of(args.mesh)
@@ -123,7 +139,7 @@ def train_and_evaluate(cell, method, seed, args):
         objective,
         target.energy,
         behaviour=behaviour,
-        optimizer=optax.adam(LEARNING_RATE),
+        optimizer=optax.adam(cell.learning_rate),
         anneal=ds.schedules.cosine_anneal,
         batch_size=cell.batch_size,
         num_updates=cell.num_updates,
