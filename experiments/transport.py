@@ -60,12 +60,17 @@ def distances(key, target, points, num_repeats):
             pairs[name].append([measure(x, sets[2]) for x in sets[:2]])
             if target.modes is not None:
                 shares[name].append([mode_shares(target.modes, x) for x in sets])
-    out, used = {"num_repeats": num_repeats}, points[: size * num_repeats]
+    out, price, counts, weights = {"num_repeats": num_repeats}, None, None, None
+    if target.modes is not None:
+        centres = mode_centres(jax.random.fold_in(key, num_repeats), target)
+        price = np.sum((centres[:, None] - centres[None, :]) ** 2, axis=2)
+        used = points[: size * num_repeats]
+        counts = np.rint(mode_shares(target.modes, used) * len(used)).astype(int)
+        weights = np.asarray(target.modes.weights, np.float64)
     for name, num, power in (("w2", size, 0.5), ("sinkhorn", few, 1.0)):
         controls = None
-        if target.modes is not None:
-            centres_key = jax.random.fold_in(key, num_repeats)
-            controls = controls_of(centres_key, target, used, shares[name], num, power)
+        if price is not None:
+            controls = controls_of(price, counts, weights, shares[name], num, power)
         found = controlled(np.array(pairs[name]), controls)
         out[name], out[f"{name}_floor"] = found.found, found.floor
         out[f"{name}_ratio"] = found.found / found.floor
@@ -96,27 +101,23 @@ def controlled(values, controls=None):
     return Controlled(found.mean(), floor.mean(), np.sqrt(noise))
 
 
-def controls_of(key, target, points, shares, num_points, power):
+def controls_of(price, counts, weights, shares, num_points, power):
     """Control variates of pairs of sets, and many draws of their law.
 
     Args:
-        key: random key.
-        target: what has modes.
-        points: all draws, [N, D].
+        price: of a share from one mode to another, [M, M].
+        counts: how many of all draws lie in each mode, [M].
+        weights: of the modes of the target, [M].
         shares: mode shares of draws, an exact set and another one, for each repeat.
         num_points: in a set.
         power: of the transport cost, 1/2 where a distance is not squared.
     """
-    centres = mode_centres(key, target)
-    price = np.sum((centres[:, None] - centres[None, :]) ** 2, axis=2)
 
     def pair(part, other, exact):
         return [transport(price, p, exact) ** power for p in (part, other)]
 
     beside = np.array([pair(*three) for three in shares])
     rng = np.random.default_rng(0)
-    counts = np.rint(mode_shares(target.modes, points) * len(points)).astype(int)
-    weights = np.asarray(target.modes.weights, np.float64)
     simulated = []
     for _ in range(SIMULATIONS * len(shares)):
         part = rng.multivariate_hypergeometric(counts, num_points)
@@ -127,16 +128,21 @@ def controls_of(key, target, points, shares, num_points, power):
 
 def transport(price, p, q):
     """The cheapest transport of shares p [M] to q [M] at prices [M, M]."""
-    num = len(p)
-    rows = np.kron(np.eye(num), np.ones(num))
-    columns = np.kron(np.ones(num), np.eye(num))
     found = scipy.optimize.linprog(
-        price.ravel(),
-        # Shares sum to one, so that one margin follows from the others.
-        A_eq=np.concatenate([rows, columns[:-1]]),
-        b_eq=np.concatenate([p, q[:-1]]),
+        price.ravel(), A_eq=margins(len(p)), b_eq=np.concatenate([p, q[:-1]])
     )
     return max(found.fun, 0.0)
+
+
+@functools.cache
+def margins(num):
+    """The sums over a plan [num, num] that give p and q, but for the last of q.
+
+    Shares sum to one, so that one margin follows from the others.
+    """
+    rows = np.kron(np.eye(num), np.ones(num))
+    columns = np.kron(np.ones(num), np.eye(num))
+    return np.concatenate([rows, columns[:-1]])
 
 
 def mode_shares(modes, x):

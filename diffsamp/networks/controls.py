@@ -19,6 +19,11 @@ def clip_outputs(value: Array, bound: float) -> Array:
     return jnp.clip(jnp.nan_to_num(value), -bound, bound)
 
 
+def annealed_guide(x: Array, t: Array, score: Array, offset: float) -> Array:
+    """``s_t - offset s_0``, see `AnnealedScoreModule`."""
+    return (1 - t) * -x + t * score + offset * x
+
+
 class _Head(nn.Module):
     """The learned part of a control: clipped drift [D], and all else that it returns.
 
@@ -131,8 +136,8 @@ class AnnealedScoreModule(nn.Module):
         head = _head(self)
         drift, rest = head(x, t, context)
         scale = TimeScale(self.width, x.shape[-1])(t)
-        score = (1 - t) * -x + t * clip_outputs(context.score, self.score_clip)
-        guide = context.gain * scale * (score + self.offset * x)
+        score = clip_outputs(context.score, self.score_clip)
+        guide = context.gain * scale * annealed_guide(x, t, score, self.offset)
         return jnp.concatenate([drift + guide, rest])
 
 

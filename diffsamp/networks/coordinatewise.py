@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from diffsamp.networks.base import Context, LinenControl
-from diffsamp.networks.controls import clip_outputs
+from diffsamp.networks.controls import annealed_guide, clip_outputs
 from diffsamp.networks.fourier import FourierMLP, TimeScale
 from diffsamp.types import Array
 
@@ -60,8 +60,8 @@ class CoordinatewiseModule(nn.Module):
         drift = clip_outputs(out[:, 0], self.output_clip)
         if self.use_score:
             scale = TimeScale(self.width, len(x))(t)
-            annealed = (1 - t) * -x + t * score
-            drift += context.gain * scale * (annealed + self.offset * x)
+            guide = annealed_guide(x, t, score, self.offset)
+            drift += context.gain * scale * guide
         rest = [jnp.nan_to_num(out[:, 1:2])]
         rest.append(clip_outputs(out[:, 2:], self.output_clip))
         return jnp.concatenate([drift, *(v.T.ravel() for v in rest)])
