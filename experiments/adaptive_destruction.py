@@ -16,6 +16,7 @@ there, so they can be stopped, started again, and split over processes by --targ
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import pathlib
 
@@ -40,7 +41,7 @@ import diffsamp as ds
 
 STEPS = (1, 2, 5, 10, 20)
 KERNELS = ("fixed", "generation", "both")
-WIDTH = 64
+WIDTH, COORDINATE_WIDTH = 64, 16
 NUM_PARTICLES = 2_048
 
 
@@ -51,6 +52,7 @@ class Problem:
     target: str
     scale: float
     smallest_scale: float
+    coordinatewise: bool = False
 
 
 PROBLEMS = (
@@ -58,7 +60,7 @@ PROBLEMS = (
     Problem("gmm40", 25.0, 0.04),
     Problem("funnel_easy", 2.0, 0.05),
     Problem("funnel_hard", 5.0, 0.03),
-    Problem("manywell", 1.6, 0.1),
+    Problem("manywell", 1.6, 0.1, coordinatewise=True),
     Problem("distorted_manywell", 1.8, 0.1),
 )
 
@@ -107,8 +109,12 @@ ABLATION = {
 def make_sampler(problem, dim, num_steps, kernels, setting):
     networks = ds.networks
     learn = kernels != "fixed"
-    destruction = None
-    if kernels == "both":
+    if problem.coordinatewise:
+        make = functools.partial(networks.coordinatewise, COORDINATE_WIDTH)
+        generation = make(learn_variance=learn)
+        destruction = make(use_score=False, learn_variance=True)
+    else:
+        generation = networks.annealed_score_guided(WIDTH, learn_variance=learn)
         destruction = networks.free(WIDTH, learn_variance=True)
     bounds = ds.Bounds(setting.log_variance_bound)
     return ds.samplers.dis(
@@ -116,8 +122,8 @@ def make_sampler(problem, dim, num_steps, kernels, setting):
         num_steps=num_steps,
         scale=problem.scale,
         schedule=ds.schedules.geometric(problem.smallest_scale),
-        network=networks.annealed_score_guided(WIDTH, learn_variance=learn),
-        destruction_network=destruction,
+        network=generation,
+        destruction_network=destruction if kernels == "both" else None,
         backbone=networks.backbone(WIDTH) if setting.shared_backbone else None,
         generation_bounds=bounds,
         destruction_bounds=bounds,

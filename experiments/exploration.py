@@ -58,23 +58,14 @@ MANY_WELLS = {
     "batch_size": 128,
     "coordinatewise": True,
     "learning_rate": 3e-3,
+    "methods": ("on_policy", "seeded", "trust_region"),
 }
 CELLS = (
     Cell("gmm25", 7.0, 0.08, num_steps=100, num_updates=2_000),
     Cell("gmm40", 25.0, 0.04, num_steps=100, num_updates=2_000),
     Cell("manywell", num_updates=1_500, **MANY_WELLS),
-    Cell(
-        "manywell_64",
-        num_updates=1_000,
-        methods=("on_policy", "seeded", "trust_region"),
-        **MANY_WELLS,
-    ),
-    Cell(
-        "manywell_128",
-        num_updates=800,
-        methods=("seeded", "trust_region"),
-        **MANY_WELLS,
-    ),
+    Cell("manywell_64", num_updates=1_000, **MANY_WELLS),
+    Cell("manywell_128", num_updates=800, **MANY_WELLS),
 )
 METHODS = ("on_policy", "exploration", "local_search", "seeded", "trust_region")
 NUM_PARTICLES = 2_048

@@ -1,4 +1,4 @@
-"""Whether the weighted draws and the pilots agree about means and variances.
+"""Whether the weighted draws know means and variances, and the pilots agree.
 
 The probe of `diffsamp.diagnostics` looks for places where the sampler has nothing. A
 sampler that has a little too little of something, such as the neck of a funnel, shows
@@ -9,6 +9,13 @@ in moments first. Two independent pilots say how well a pilot knows them: with f
 
 where i >= 1 is the mean over all f of (a - b)^2 / (2 var(f) / N): what two pilots
 differ by, over what independent draws would.
+
+Weights of finite variance are not enough either: with a sampler whose tails are too
+light, (x - c)^2 has its largest values where the weights are largest, and a handful of
+draws decide about the variance. `imprecision` is the standard error of the least known
+moment, that of the self-normalised estimate,
+
+    se^2 = sum_n w_n^2 (f(x_n) - mean f)^2,    sum_n w_n = 1.
 """
 
 from __future__ import annotations
@@ -21,6 +28,7 @@ from diffsamp.types import ArrayLike
 
 Z_LIMIT = 4.0
 LARGE = {"mean": 0.05, "variance": 0.15}  # smaller differences are let pass
+PRECISE = {"mean": 0.05, "variance": 0.1}  # largest standard errors
 
 
 class Disagreement(NamedTuple):
@@ -37,6 +45,57 @@ class Disagreement(NamedTuple):
     coordinate: int
     size: float
     z: float
+
+
+class Imprecision(NamedTuple):
+    """The moment that weighted draws know least.
+
+    Attributes:
+        what: "mean" or "variance".
+        coordinate: index.
+        error: standard error, in standard deviations or relative to the variance; inf
+            where there are no usable weights.
+        excess: that over what `PRECISE` allows.
+    """
+
+    what: str
+    coordinate: int
+    error: float
+    excess: float
+
+
+def imprecision(x: ArrayLike, log_weight: ArrayLike) -> Imprecision:
+    """The mean or variance that the draws know least.
+
+    Args:
+        x: draws, [N, D].
+        log_weight: their log-weights, [N].
+
+    Example:
+        >>> import numpy as np
+        >>> from diffsamp.numpyro.agreement import imprecision
+        >>> x = np.random.default_rng(0).normal(size=(10_000, 2))
+        >>> found = imprecision(x, np.zeros(10_000))
+        >>> found.what, bool(found.excess < 1)
+        ('mean', True)
+    """
+    x, weights = np.asarray(x, np.float64), _normalised(log_weight)
+    if weights is None:
+        return Imprecision("mean", 0, np.inf, np.inf)
+    centre = np.sum(weights * x, axis=0)
+    variance, variance_se = _moment((x - centre) ** 2, weights)
+    _, mean_se = _moment(x, weights)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        errors = np.stack([mean_se / np.sqrt(variance), variance_se / variance])
+    errors = np.where(variance > 0, errors, np.inf)  # of a single draw with weight
+    excess = errors / np.array(list(PRECISE.values()))[:, None]
+    kind, coordinate = np.unravel_index(np.argmax(excess), excess.shape)
+    return Imprecision(
+        what=list(PRECISE)[kind],
+        coordinate=int(coordinate),
+        error=float(errors[kind, coordinate]),
+        excess=float(excess[kind, coordinate]),
+    )
 
 
 def disagreement(
@@ -61,20 +120,16 @@ def disagreement(
         1
     """
     x, first, second = (np.asarray(v, np.float64) for v in (x, first, second))
-    log_weight = np.asarray(log_weight, np.float64)
-    log_weight = np.where(np.isnan(log_weight), -np.inf, log_weight)
-    top = np.max(log_weight)
-    if not np.isfinite(top):
+    weights = _normalised(log_weight)
+    if weights is None:
         return None  # the weights say so themselves
-    weights = np.exp(log_weight - top)[:, None]
-    weights = weights / weights.sum()
     centre = (first.mean(axis=0) + second.mean(axis=0)) / 2
     own, se, halves, spread = [], [], [], []
     for power in (1, 2):
         f, *pilots = ((v - centre) ** power for v in (x, first, second))
-        mean = np.sum(weights * f, axis=0)
+        mean, error = _moment(f, weights)
         own.append(mean)
-        se.append(np.sqrt(np.sum(weights**2 * (f - mean) ** 2, axis=0)))
+        se.append(error)
         halves.append([v.mean(axis=0) for v in pilots])
         spread.append(np.mean([v.var(axis=0) for v in pilots], axis=0))
     own, se, halves, spread = map(np.array, (own, se, halves, spread))
@@ -94,3 +149,20 @@ def disagreement(
         size=float(size[kind, coordinate]),
         z=float(z[kind, coordinate]),
     )
+
+
+def _normalised(log_weight: ArrayLike) -> np.ndarray | None:
+    """Weights of sum 1, [N, 1]; None where none is positive or one infinite."""
+    log_weight = np.asarray(log_weight, np.float64)
+    log_weight = np.where(np.isnan(log_weight), -np.inf, log_weight)
+    top = np.max(log_weight)
+    if not np.isfinite(top):
+        return None
+    weights = np.exp(log_weight - top)[:, None]
+    return weights / weights.sum()
+
+
+def _moment(f: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Weighted means of [N, D] and their standard errors."""
+    mean = np.sum(weights * f, axis=0)
+    return mean, np.sqrt(np.sum(weights**2 * (f - mean) ** 2, axis=0))

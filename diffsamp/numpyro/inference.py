@@ -11,9 +11,11 @@ What `DiffusionSampler` does by default, each step a function of its own elsewhe
    update so costs one energy per path, and no gradient. The noise ends at the width of
    the narrowest mode (`pilots.smallest_scale`).
 4. After each stage: draws, weights, and the verdict with an independent probe (a second
-   pilot); ``trust`` also asks that draws and pilots agree about means and variances
-   (`agreement.disagreement`). It says whether to go on; at the end the best state so
-   judged is kept.
+   pilot); ``trust`` also asks that the draws know means and variances well
+   (`agreement.imprecision`) and that the pilots agree (`agreement.disagreement`). It
+   says whether to go on; at the end the best state so judged is kept.
+5. `DiffusionSampler.run` draws until means and variances are known well, or enough is
+   enough.
 
 The pilot only proposes; draws and log Z are those of the sampler's exact weights.
 """
@@ -48,7 +50,12 @@ from diffsamp.drawing import Draws
 from diffsamp.energies import as_key
 from diffsamp.numpyro import pilots
 from diffsamp.numpyro.affine import affine_from
-from diffsamp.numpyro.agreement import disagreement
+from diffsamp.numpyro.agreement import (
+    PRECISE,
+    Imprecision,
+    disagreement,
+    imprecision,
+)
 from diffsamp.numpyro.arviz import to_arviz
 from diffsamp.numpyro.kernel import DiffusionKernel
 from diffsamp.numpyro.target import ModelTarget, target_from_model
@@ -68,7 +75,9 @@ from diffsamp.types import (
 # Shares of the budget, and of each the share for the stage by forward KL.
 ROUNDS = ((0.15, 0.5), (0.3, 0.6), (0.55, 0.7))
 ENOUGH_ESS = 0.3  # a trusted result below this goes on training while it may
-JUDGED_DRAWS = 4_000
+JUDGED_DRAWS = 10_000
+MOST_DRAWS = 100_000  # for the sake of precision; more where more are asked for
+ENOUGH_PRECISION = 0.6  # of the standard errors allowed
 IMITATED, BALANCED = 128, 256  # paths per update in the two stages
 
 
@@ -310,10 +319,21 @@ class DiffusionSampler:
         state = self._trained()
         pilot, rest = jax.random.split(for_draws)
         report = self._draw(pilot, min(num_samples, JUDGED_DRAWS)).diagnostics
-        self.state = state._replace(cost=_add(state.cost, report))
         share = max(report.ess_fraction, 0.1)
         num_draws = int(np.ceil(num_samples / share))  # so that few are drawn twice
-        self._draws = self._draw(rest, num_draws)
+        most = max(num_draws, MOST_DRAWS)
+        while True:
+            state = state._replace(cost=_add(state.cost, report))
+            self.state, draws = state, self._draw(rest, num_draws)
+            report = draws.diagnostics
+            if not _grade(report).has_error_bar:
+                break  # more draws are no help
+            excess = _least_known(state, draws).excess / ENOUGH_PRECISION
+            wanted = min(1.1 * num_draws * excess**2, most)
+            if excess <= 1 or num_draws >= wanted:
+                break
+            num_draws = int(wanted)
+        self._draws = draws
         rows = self._draws._replace(x=np.arange(num_draws)[:, None])
         try:
             self._index = rows.resample(for_picks, num_samples)[:, 0]
@@ -576,26 +596,46 @@ class DiffusionSampler:
 
 
 def _checked(verdict: str, state: Trained, draws: Draws) -> str:
-    """The verdict, unless the draws and the two pilots disagree."""
+    """The verdict, unless the draws know too little or the two pilots disagree."""
     affine = state.target.affine
     assert affine is not None
     assert draws.log_weight is not None
+    plain = state.target.standardised(None)
+    assert plain.unravel is not None
+    index = plain.unravel(jnp.arange(plain.dim, dtype=jnp.result_type(float)))
+
+    def site_of(coordinate):
+        return next(s for s, i in index.items() if coordinate in np.asarray(i))
+
+    unit = {"mean": "standard deviation", "variance": "value"}
+    least = _least_known(state, draws)
+    if least.excess > 1:
+        return (
+            f"reweight (the {least.what} of {site_of(least.coordinate)!r}, "
+            f"unconstrained, has a standard error of {least.error:.2g} of its "
+            f"{unit[least.what]}, more than {PRECISE[least.what]}: a few draws decide "
+            "about it; train longer, or draw more)"
+        )
     points = (jnp.asarray(v) for v in (draws.x, state.pilot.x, state.probe.x))
     x, first, second = (pilots.to_x(affine, v) for v in points)
     found = disagreement(x, draws.log_weight, first, second)
     if found is None:
         return verdict
-    plain = state.target.standardised(None)
-    assert plain.unravel is not None
-    index = plain.unravel(jnp.arange(plain.dim, dtype=x.dtype))
-    site = next(s for s, i in index.items() if found.coordinate in np.asarray(i))
+    site = site_of(found.coordinate)
     return (
         f"reweight (draws and pilots disagree about the {found.what} of {site!r}, "
         f"unconstrained, by {found.size:.2g} of its "
-        f"{'standard deviation' if found.what == 'mean' else 'value'}, {found.z:.1f} "
-        "standard errors: one of them lacks a part of the posterior; train longer, or "
-        "give the pilots more particles)"
+        f"{unit[found.what]}, {found.z:.1f} standard errors: one of them lacks a part "
+        "of the posterior; train longer, or give the pilots more particles)"
     )
+
+
+def _least_known(state: Trained, draws: Draws) -> Imprecision:
+    """The mean or variance of an unconstrained coordinate that draws know least."""
+    affine = state.target.affine
+    assert affine is not None
+    assert draws.log_weight is not None
+    return imprecision(pilots.to_x(affine, jnp.asarray(draws.x)), draws.log_weight)
 
 
 class _Grade(NamedTuple):

@@ -1,9 +1,10 @@
-"""Draws and pilots: noise is no disagreement, a lost part is."""
+"""Draws and pilots: noise is no disagreement, a lost part is; draws alone."""
 
 import numpy as np
 import pytest
 
-from diffsamp.numpyro.agreement import disagreement
+from diffsamp.diagnostics import pareto_smooth
+from diffsamp.numpyro.agreement import disagreement, imprecision
 
 
 def test_noise_is_seldom_called_a_disagreement():
@@ -51,3 +52,47 @@ def test_weights_repair_what_they_can():
     assert disagreement(x, log_weight, first, second) is None
     assert disagreement(x, np.zeros(20_000), first, second) is not None
     assert disagreement(x, np.full(20_000, np.inf), first, second) is None
+
+
+def test_standard_errors_are_those_of_repeats():
+    """Unequal scales and weights: a normal of mean 1 seen by one of mean 0."""
+    rng = np.random.default_rng(4)
+    found = []
+    for _ in range(400):
+        x = np.array([1.0, 20.0]) * rng.normal(size=(1_000, 2))
+        log_weight = x[:, 0] / 2
+        weights = np.exp(log_weight)[:, None]
+        weights /= weights.sum()
+        centre = np.sum(weights * x, axis=0)
+        variance = np.sum(weights * (x - centre) ** 2, axis=0)
+        found.append((*centre, *variance, imprecision(x, log_weight)))
+    spread = np.std([row[:4] for row in found], axis=0)
+    relative = [spread[0] / 0.05, spread[1] / 20 / 0.05, spread[2] / 0.1]
+    relative.append(spread[3] / 400 / 0.1)
+    excess = np.mean([row[4].excess for row in found])
+    assert np.max(relative) == pytest.approx(excess, rel=0.1)
+
+
+def test_light_tails_are_imprecise_where_the_weights_still_look_well():
+    rng = np.random.default_rng(5)
+    found, k_hat = [], []
+    for _ in range(20):
+        x = 0.7 * rng.normal(size=(2_000, 3))
+        log_weight = np.sum(x**2, axis=1) * (0.5 / 0.7**2 - 0.5)
+        found.append(imprecision(x, log_weight).excess)
+        k_hat.append(pareto_smooth(log_weight).pareto_k)
+        assert imprecision(x, np.zeros(2_000)).excess < 1
+    assert np.mean(k_hat) < 0.7
+    assert np.mean(np.array(found) > 1) > 0.9
+
+
+@pytest.mark.parametrize("log_weight", [-np.inf, np.inf, np.nan])
+def test_useless_weights_know_nothing(log_weight):
+    x = np.random.default_rng(6).normal(size=(10, 2))
+    assert imprecision(x, np.full(10, log_weight)).excess == np.inf
+
+
+def test_a_single_draw_knows_nothing():
+    x = np.random.default_rng(7).normal(size=(10, 2))
+    only = np.where(np.arange(10) == 3, 0.0, -np.inf)
+    assert imprecision(x, only).excess == np.inf

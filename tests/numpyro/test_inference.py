@@ -11,6 +11,7 @@ import pytest
 from numpyro.infer import MCMC, NUTS, Predictive
 
 from diffsamp.numpyro import Affine, DiffusionSampler, affine_from, pilots
+from diffsamp.numpyro.agreement import imprecision
 from diffsamp.types import Target
 
 pytestmark = pytest.mark.relaxed("dtypes", "ranks")
@@ -127,6 +128,20 @@ def test_trained_once_for_the_same_data(inference, monkeypatch):
     monkeypatch.setattr(inference, "fit", lambda *_, **__: pytest.fail("trained"))
     inference.run(jax.random.key(3), 100, y=jnp.array(DATA))
     assert inference.num_samples == 100
+
+
+def test_draws_until_moments_are_known(inference, monkeypatch):
+    inference.run(jax.random.key(3), 100, y=DATA)
+    assert inference.get_samples()["mean"].shape == (100,)
+    draws = inference.draws
+    assert len(draws.x) > 1_000  # 0.03 sd for the mean
+    assert imprecision(draws.x, draws.log_weight).excess < 0.7
+    assert inference.diagnostics.verdict.startswith("trust")
+    monkeypatch.setattr("diffsamp.numpyro.inference.MOST_DRAWS", 200)
+    inference.run(jax.random.key(3), 100, y=DATA)
+    assert len(inference.draws.x) == 200
+    assert "has a standard error of" in inference.diagnostics.verdict
+    assert "'mean'" in inference.diagnostics.verdict
 
 
 def test_too_few_draws_are_said_to_be_too_few(inference, capsys):
