@@ -1,16 +1,18 @@
 """Few steps with learned generation and destruction: the grid, the ablations, a table.
 
     python experiments/adaptive_destruction.py grid
+    python experiments/adaptive_destruction.py coordinatewise
     python experiments/adaptive_destruction.py ablation
     python experiments/adaptive_destruction.py table
     python experiments/adaptive_destruction.py plot
 
 `grid` trains {1, 2, 5, 10, 20} steps x {fixed, generation variance learned, both
 kernels learned} x six targets, every cell with the same caps on energy evaluations and
-on seconds. `ablation` trains 5 steps with both kernels learned in every way that could
-go wrong. Both append one JSON line per run to --out and skip runs that are already
-there, so they can be stopped, started again, and split over processes by --targets or
---seeds.
+on seconds; `coordinatewise` compares 5 steps of both kernels learned with 20 fixed ones
+on the many-wells, with a small network for every coordinate. `ablation` trains 5 steps
+with both kernels learned in every way that could go wrong. All append one JSON line per
+run to --out and skip runs that are already there, so they can be stopped, started
+again, and split over processes by --targets or --seeds.
 """
 
 from __future__ import annotations
@@ -41,6 +43,7 @@ import diffsamp as ds
 
 STEPS = (1, 2, 5, 10, 20)
 KERNELS = ("fixed", "generation", "both")
+COMPARED = ((20, "fixed"), (5, "both"))
 WIDTH, COORDINATE_WIDTH = 64, 16
 NUM_PARTICLES = 2_048
 
@@ -52,7 +55,6 @@ class Problem:
     target: str
     scale: float
     smallest_scale: float
-    coordinatewise: bool = False
 
 
 PROBLEMS = (
@@ -60,9 +62,13 @@ PROBLEMS = (
     Problem("gmm40", 25.0, 0.04),
     Problem("funnel_easy", 2.0, 0.05),
     Problem("funnel_hard", 5.0, 0.03),
-    Problem("manywell", 1.6, 0.1, coordinatewise=True),
+    Problem("manywell", 1.6, 0.1),
     Problem("distorted_manywell", 1.8, 0.1),
 )
+
+
+TARGETS = tuple(problem.target for problem in PROBLEMS)
+MANY_WELLS = ("manywell", "distorted_manywell")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +83,7 @@ class Setting:
     destruction_rate: float = 1.0
     frozen_updates: int = 0
     log_variance_bound: float = 4.0
+    coordinatewise: bool = False
     learning_rate: float = 2e-3
 
 
@@ -109,7 +116,7 @@ ABLATION = {
 def make_sampler(problem, dim, num_steps, kernels, setting):
     networks = ds.networks
     learn = kernels != "fixed"
-    if problem.coordinatewise:
+    if setting.coordinatewise:
         make = functools.partial(networks.coordinatewise, COORDINATE_WIDTH)
         generation = make(learn_variance=learn)
         destruction = make(use_score=False, learn_variance=True)
@@ -267,6 +274,17 @@ def grid(args):
     run(cells, args)
 
 
+def coordinatewise(args):
+    setting = Setting(coordinatewise=True)
+    cells = [
+        (problem, *compared, "coordinatewise", setting)
+        for problem in PROBLEMS
+        for compared in COMPARED
+        if problem.target in args.targets
+    ]
+    run(cells, args)
+
+
 def ablation(args):
     cells = [
         (problem, 5, "both", name, Setting(**change))
@@ -323,20 +341,22 @@ COLUMNS = (
 
 def table(args):
     rows, heads = rows_of(args.files), [column[0] for column in COLUMNS]
-    grid, ablations = [], []
-    for problem in PROBLEMS:
-        target = problem.target
-        for num_steps, kernels in itertools.product(STEPS, KERNELS):
-            own = [
-                r for r in rows if _cell_of(r) == ("grid", target, num_steps, kernels)
-            ]
-            grid += _line([target, num_steps, kernels], own)
-        for name in ABLATION:
-            own = [r for r in rows if _cell_of(r) == (name, target, 5, "both")]
-            ablations += _line([target, name], own)
-    lines = markdown(["target", "steps", "learned", "runs", *heads], grid)
-    labels = ["target", "5 steps, both kernels", "runs"]
-    lines += ["", *markdown([*labels, *heads], ablations), "", *claim(rows)]
+    lines, ablations = [], []
+    for name in ("grid", "coordinatewise"):
+        body = []
+        for target, *rest in itertools.product(TARGETS, STEPS, KERNELS):
+            own = [r for r in rows if _cell_of(r) == (name, target, *rest)]
+            body += _line([target, *rest], own)
+        if body:
+            labels = ["target", "steps", "learned", "runs"]
+            lines += [f"{name}:", "", *markdown([*labels, *heads], body), ""]
+            lines += [*claim(rows, name), ""]
+    for target, name in itertools.product(TARGETS, ABLATION):
+        own = [r for r in rows if _cell_of(r) == (name, target, 5, "both")]
+        ablations += _line([target, name], own)
+    if ablations:
+        labels = ["target", "5 steps, both kernels", "runs"]
+        lines += [*markdown([*labels, *heads], ablations), ""]
     first = rows[0]
     note = (
         f"Mean (worst) over seeds; batch {first['batch_size']}, at most "
@@ -344,16 +364,16 @@ def table(args):
         f"{first['max_seconds']:.0f} s of updates; {first['num_draws']:,} draws; "
         f"{described(first)}."
     )
-    print("\n".join([*lines, "", note]))
+    print("\n".join([*lines, note]))
 
 
-def claim(rows):
+def claim(rows, name):
     """Does T = 5 with both kernels learned beat T = 20 fixed?"""
     body = []
     for problem in PROBLEMS:
         fixed, both = (
-            [r for r in rows if _cell_of(r) == ("grid", problem.target, *cell)]
-            for cell in ((20, "fixed"), (5, "both"))
+            [r for r in rows if _cell_of(r) == (name, problem.target, *cell)]
+            for cell in COMPARED
         )
         if not (fixed and both):
             continue
@@ -419,15 +439,18 @@ def plot(args):
 def main():
     parser, commands = commands_of(__doc__)
     out = pathlib.Path("outputs/adaptive_destruction.jsonl")
-    names = [problem.target for problem in PROBLEMS]
-    for name, do, targets in (("grid", grid, names), ("ablation", ablation, names[:1])):
+    for name, do, targets in (
+        ("grid", grid, TARGETS),
+        ("coordinatewise", coordinatewise, MANY_WELLS),
+        ("ablation", ablation, TARGETS[:1]),
+    ):
         runner = add_runner(commands, do, out, name=name)
-        runner.add_argument("--targets", nargs="+", choices=names, default=targets)
+        runner.add_argument("--targets", nargs="+", choices=TARGETS, default=targets)
         if name == "grid":
             runner.add_argument(
                 "--num-steps", type=int, nargs="+", choices=STEPS, default=STEPS
             )
-        else:
+        if name == "ablation":
             runner.add_argument(
                 "--settings", nargs="+", choices=ABLATION, default=list(ABLATION)
             )

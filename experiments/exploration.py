@@ -91,7 +91,7 @@ def make_method(method, num_updates):
     """Objective and behaviour."""
     o, b = ds.objectives, ds.behaviours
     noise = optax.linear_schedule(0.2, 0.0, num_updates // 2)
-    again = max(1, num_updates // 4)
+    again, often = max(1, num_updates // 4), max(10, num_updates // 80)
     on_policy, exploration = b.on_policy(), b.exploration(noise)
     behaviour = {
         "on_policy": lambda: on_policy,
@@ -105,7 +105,9 @@ def make_method(method, num_updates):
             (on_policy, 0.5),
             (b.smc_seeded(NUM_PARTICLES, every=again, num_runs=4), 0.5),
         ),
-        "trust_region": lambda: b.trust_region(NUM_PARTICLES, every=100),
+        "trust_region": lambda: b.trust_region(
+            NUM_PARTICLES, every=often, max_divergence=1.0
+        ),
     }[method]()
     if method == "trust_region":
         return o.trust_region_log_variance(), behaviour
@@ -219,8 +221,10 @@ def table(args):
             own = [r for r in rows if (r["target"], r["method"]) == label]
             if own:
                 cells = [summarise(own, *column[1:]) for column in COLUMNS]
-                body.append([*label, seeds_of(own), *cells])
-    lines = markdown(["target", "method", "seeds", *(c[0] for c in COLUMNS)], body)
+                trusted = sum(r["verdict"].startswith("trust") for r in own)
+                body.append([*label, seeds_of(own), trusted, *cells])
+    heads = ["target", "method", "seeds", "trust", *(c[0] for c in COLUMNS)]
+    lines = markdown(heads, body)
     note = f"Mean (worst) over seeds, {rows[0]['num_draws']:,} draws, "
     print("\n".join([*lines, "", note + described(rows[0]) + "."]))
 

@@ -444,9 +444,9 @@ def measure_quality(cell, seconds):
     is missing: `eubo_gap` and `mode_tv` in the end do. Where training diverges, the
     last look counts.
     """
-    factory, scale, num_steps = QUALITY[cell["target"]]
+    factory, options = QUALITY[cell["target"]]
     target, key = factory(), jax.random.key(cell["seed"])
-    sampler = ds.samplers.dis(target.dim, num_steps, scale=scale)
+    sampler = ds.samplers.dis(target.dim, **options)
     optimizer, mesh = optax.adam(cell["learning_rate"]), mesh_of(cell.get("mesh"))
     params = state = error = gap = None
     spent, reached, diverged, report = 0.0, False, False, {}
@@ -502,11 +502,16 @@ def measure_quality(cell, seconds):
     }
 
 
-QUALITY = {  # target, reference scale, steps
-    "gmm9": (ds.targets.gmm9, 3.0, 64),
-    "funnel_easy": (ds.targets.funnel_easy, 2.0, 64),
-    "mw54": (functools.partial(ds.targets.by_name, "mw54"), 2.0, 64),
-    "manywell": (ds.targets.manywell, 1.5, 64),
+WELLS = {  # equal functions of many coordinates
+    "num_steps": 32,
+    "schedule": ds.schedules.geometric(0.1),
+    "network": ds.networks.coordinatewise(16, learn_variance=True),
+}
+QUALITY = {  # target, and its sampler
+    "gmm9": (ds.targets.gmm9, {"num_steps": 64, "scale": 3.0}),
+    "funnel_easy": (ds.targets.funnel_easy, {"num_steps": 64, "scale": 2.0}),
+    "mw54": (functools.partial(ds.targets.by_name, "mw54"), {"scale": 2.0, **WELLS}),
+    "manywell": (ds.targets.manywell, {"scale": 1.6, **WELLS}),
 }
 MEASURES = {
     "updates": measure_updates,

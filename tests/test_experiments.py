@@ -104,7 +104,7 @@ def test_a_mesh_of_too_many_devices_says_how_to_get_them():
 
 
 RUNS = {  # the commands of every script that train, draw or time either
-    "adaptive_destruction": ("grid", "ablation"),
+    "adaptive_destruction": ("grid", "coordinatewise", "ablation"),
     "amortised": ("run",),
     "benchmark": ("run",),
     "consistent": ("run", "footnote"),
@@ -391,6 +391,10 @@ def test_the_grid_goes_on_where_it_stopped(tmp_path, arguments, monkeypatch):
     arguments("ablation", "--seeds", 7, "--settings", "TB for both", "--out", out)
     script.main()
     assert ran[6:] == [("gmm25", 5, "both", 7)]
+    arguments("coordinatewise", "--seeds", 7, "--out", out)
+    script.main()
+    compared = [(t, *c, 7) for t in script.MANY_WELLS for c in script.COMPARED]
+    assert ran[7:] == compared
 
 
 def test_table_of_exploration(tmp_path, arguments, capsys):
@@ -398,19 +402,21 @@ def test_table_of_exploration(tmp_path, arguments, capsys):
     shared = {"num_draws": 10, "device": "cpu", "python": "3", "versions": {"jax": "1"}}
     rows = [
         {"target": "manywell", "method": "seeded", "log_z_error": 0.25, "gap": 8.0},
-        {"target": "manywell", "method": "seeded", "log_z_error": -0.75, "gap": 9.0},
+        {"target": "manywell", "method": "seeded", "log_z_error": -0.75, "gap": 9.0}
+        | {"verdict": "do not trust: why"},
         {"target": "gmm25", "method": "local_search", "modes_found": 24, "ess": None},
         {"target": "gmm25", "method": "local_search", "modes_found": 25, "ess": 0.5},
     ]
+    shared["verdict"] = "trust (with the weights)"
     rows = [{**shared, "seed": i % 2, **row} for i, row in enumerate(rows)]
     out = tmp_path / "rows.jsonl"
     out.write_text("".join(json.dumps(row) + "\n" for row in rows))
     arguments("table", out)
     script.main()
     lines = capsys.readouterr().out.splitlines()
-    assert lines[2].startswith("| gmm25 | local_search | 0, 1 | - | - |")
+    assert lines[2].startswith("| gmm25 | local_search | 0, 1 | 2 | - | - |")
     assert "| 0.50 (0.50) | 24 (24) |" in lines[2]
-    assert lines[3].startswith("| manywell | seeded | 0, 1 | -0.250 (-0.750) |")
+    assert lines[3].startswith("| manywell | seeded | 0, 1 | 1 | -0.250 (-0.750) |")
     assert "8.500 (9.000)" in lines[3]
     assert "10 draws, cpu" in lines[-1]
 
@@ -464,7 +470,7 @@ def test_methods_of_exploration_fit_their_objectives():
 def test_settings_of_the_grid_make_what_they_say(kernels):
     script = _script("adaptive_destruction")
     problem = script.PROBLEMS[0]
-    for change in script.ABLATION.values():
+    for change in (*script.ABLATION.values(), {"coordinatewise": True}):
         setting = script.Setting(**change)
         sampler = script.make_sampler(problem, 2, 5, kernels, setting)
         assert (sampler.destruction is not None) == (kernels == "both")
