@@ -88,6 +88,9 @@ MISSING_MASS_LIMIT = 0.1
 MISSING_MASS_NEGLIGIBLE = 0.05
 """A missing mass below this is never called a collapse, however certain it is."""
 
+MIN_EFFECTIVE_DRAWS = 400
+"""Below this ESS draws are too few for `verdict` to say "trust"."""
+
 _MIN_DRAWS = 25  # below, the tail min(N/5, 3 sqrt(N)) has fewer than five points
 _NEGLIGIBLE_SPREAD = 1e-3  # log of largest weight over tail cutoff; see pareto_smooth
 _NEGLIGIBLE_TAIL = 5e-3  # share of Z above the cutoff, drawn or not; see pareto_smooth
@@ -463,7 +466,9 @@ def verdict(
     * ``"reweight (coverage unchecked)"``, exactly, where all is well but no independent
       probe was made; ``"reweight (...)"`` where the probe is too small to exclude a
       missing mass of 10 %, shows a smaller one beyond noise or a small part of the
-      target where the sampler does not come at all, or a few weights are not numbers;
+      target where the sampler does not come at all, a few weights are not numbers, or
+      the ESS is below 400: a few draws then decide (Vehtari et al. 2021 ask as much of
+      chains);
     * ``"trust"`` otherwise, with a note to use the weights where the ESS asks for it.
 
     Args:
@@ -545,6 +550,11 @@ def verdict(
         )
     if num_nonfinite:
         return f"reweight ({count} weights are NaN and were given zero weight)"
+    if num_draws is not None and ess_fraction * num_draws < MIN_EFFECTIVE_DRAWS:
+        return (
+            f"reweight (the ESS is {ess_fraction * num_draws:.0f}, less than "
+            f"{MIN_EFFECTIVE_DRAWS}: take more draws)"
+        )
     if ess_fraction < 0.9:
         return f"trust (with the weights: the ESS is {ess_fraction:.2g} of the draws)"
     return "trust"

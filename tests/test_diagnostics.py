@@ -441,3 +441,12 @@ def test_diagnose_fills_every_field():
 def test_errors_name_the_argument(call, message):
     with pytest.raises(ValueError, match=message):
         call(diagnostics)
+
+
+def test_few_effective_draws_earn_no_trust():
+    """300 of them exclude a missing mass of 10 %, and are few all the same."""
+    probe = np.zeros(10_000)
+    few = diagnostics.diagnose(np.zeros(300), probe_log_weight=probe)
+    assert few.verdict == "reweight (the ESS is 300, less than 400: take more draws)"
+    enough = diagnostics.diagnose(np.zeros(500), probe_log_weight=probe)
+    assert enough.verdict == "trust"
