@@ -751,11 +751,12 @@ class _Progress:
         self.price = price = recipe.sampler.evaluations_per_path
         if recipe.objective.requires.simulation_gradient:  # energies are differentiated
             price = Evaluations(0, price.energy + price.gradient, price.network)
-        self.network_passes = 2  # to simulate or trace back, and to differentiate
-        if recipe.behaviour.provides.anchor:  # the second only; its paths are stored
-            price, self.network_passes = Evaluations(0, 0, price.network), 1
-        self.training_price = price
-        self.batch_size = recipe.batch_size
+        size = recipe.batch_size
+        made = size - recipe.behaviour.provides.stored_rows(size)
+        passes = made + size  # to simulate or trace back, and to differentiate
+        self.per_update = Evaluations(
+            made * price.energy, made * price.gradient, passes * price.network
+        )
         self.num_energy = self.num_gradient = self.num_network = 0
         self.first = 0
         self.energies: list[float] = []
@@ -771,8 +772,7 @@ class _Progress:
         return {n: np.concatenate([m[n] for m in self._history]) for n in names}
 
     def updates_within(self, budget: int) -> int:
-        price = self.training_price
-        per_update = self.batch_size * (price.energy + price.gradient)
+        per_update = self.per_update.energy + self.per_update.gradient
         return max(1, (budget - self.num_evaluations) // max(per_update, 1))
 
     def add_pilot(self, paths: int) -> None:
@@ -786,11 +786,10 @@ class _Progress:
         self.num_network += int(cost.network)
 
     def add_chunk(self, num: int, metrics: dict[str, np.ndarray], cost: Cost) -> None:
-        paths = num * self.batch_size
         self.add_cost(cost)
-        self.num_energy += paths * self.training_price.energy
-        self.num_gradient += paths * self.training_price.gradient
-        self.num_network += self.network_passes * paths * self.training_price.network
+        self.num_energy += num * self.per_update.energy
+        self.num_gradient += num * self.per_update.gradient
+        self.num_network += num * self.per_update.network
         self._history.append(metrics)
 
     def write(self, path, recipe: Recipe, state: TrainState) -> None:

@@ -188,6 +188,8 @@ class Requirements(NamedTuple):
 class Anchor(NamedTuple):
     """What rows of a trust region know of the sampler that made them.
 
+    Rows of other behaviours in a mixture have NaN.
+
     Attributes:
         log_generation: log-density of the path under that sampler's generation, [B].
         log_tilt: log of what this density is to be multiplied with, up to a constant:
@@ -285,6 +287,12 @@ class Proposal(NamedTuple):
     anchor: Anchor | None = None
 
 
+def no_rows(batch_size: int) -> int:
+    """For `Provides.stored_rows`: none of them."""
+    del batch_size
+    return 0
+
+
 class Provides(NamedTuple):
     """What a behaviour can promise to objectives.
 
@@ -294,8 +302,9 @@ class Provides(NamedTuple):
         only_on_policy: all rows are.
         target_draws: some rows end in (approximate) target draws.
         conditions: rows can be had under any condition.
-        anchor: all rows are stored paths that know the sampler of their round;
-            proposing them evaluates nothing.
+        anchor: some rows know the sampler of their round.
+        stored_rows: ``batch_size -> count``: how many rows are paths from a store, so
+            that proposing them evaluates nothing.
     """
 
     simulated: bool = False
@@ -304,6 +313,7 @@ class Provides(NamedTuple):
     target_draws: bool = False
     conditions: bool = False
     anchor: bool = False
+    stored_rows: Callable[[int], int] = no_rows
 
 
 class Cost(NamedTuple):

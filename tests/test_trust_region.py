@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import scipy.optimize
 from tables import SAMPLERS, counting_energy, perturbed, rows_of, skewed_energy
@@ -170,8 +171,76 @@ def test_bad_options(options, match):
         )
 
 
-def test_it_is_not_mixed():
-    with pytest.raises(ValueError, match="cannot be mixed"):
-        ds.behaviours.mixture(
-            (ds.behaviours.trust_region(), 0.5), (ds.behaviours.on_policy(), 0.5)
+def test_a_mixture_has_one_at_most():
+    twice = [(ds.behaviours.trust_region(64, every=n), 0.5) for n in (2, 3)]
+    with pytest.raises(ValueError, match="one behaviours.trust_region"):
+        ds.behaviours.mixture(*twice)
+
+
+def learned_destruction():
+    network = ds.networks.free(4, learn_variance=True)
+    return ds.samplers.dis(
+        2, 2, network=network, destruction_network=ds.networks.free(4)
+    )
+
+
+@pytest.mark.relaxed("dtypes")
+@pytest.mark.parametrize(
+    "own_rows", [False, pytest.param(True, marks=pytest.mark.slow)]
+)
+def test_destruction_moves_only_by_an_objective_of_its_own(own_rows):
+    """The mixture ignores rows that know no round, and counts what it evaluates."""
+    o, b = ds.objectives, ds.behaviours
+    sampler = learned_destruction()
+    objective, behaviour = o.trust_region_log_variance(), b.trust_region(64, every=3)
+    if own_rows:
+        objective = o.weighted_sum((objective, 1.0), (o.trajectory_likelihood(), 1.0))
+        behaviour = b.mixture((behaviour, 0.25), (b.on_policy(), 0.75))
+    energy, take = counting_energy(skewed_energy)
+    start = perturbed(sampler.init(KEY), 0.1)
+    fit = ds.fit(
+        KEY,
+        sampler,
+        objective,
+        energy,
+        params=start,
+        behaviour=behaviour,
+        optimizer=optax.adam(1e-2),
+        ema_decay=None,
+        num_updates=7,
+        batch_size=16,
+        progress_bar=False,
+    )
+    made = take()
+    assert fit.num_skipped == 0
+    assert fit.num_energy_evaluations == made["energy"]
+    assert fit.num_gradient_evaluations == made["gradient"]
+    moved = {
+        name: any(
+            not np.array_equal(old, new)
+            for old, new in zip(
+                *map(jax.tree.leaves, (start[name], fit.params[name])), strict=True
+            )
         )
+        for name in ("generation", "destruction")
+    }
+    assert moved == {"generation": True, "destruction": own_rows}
+
+
+def test_rows_of_other_behaviours_do_not_enter_the_loss(x64):
+    params = perturbed(SAMPLER.init(KEY), 0.2)
+    trust = ds.behaviours.trust_region(64, max_divergence=0.05)
+    mixed = ds.behaviours.mixture((trust, 0.5), (ds.behaviours.on_policy(), 0.5))
+    state, _ = mixed.init(KEY, SAMPLER, params, skewed_energy)
+    both = proposed(mixed, state, params, 1)
+    first = jax.tree.map(lambda leaf: leaf[:16], both)
+    assert np.isfinite(both.anchor.log_tilt).tolist() == [True] * 16 + [False] * 16
+    assert both.on_policy.tolist() == [False] * 16 + [True] * 16
+    objective = ds.objectives.trust_region_log_variance()
+    moved = {"sampler": perturbed(params, 0.1, seed=2), "objective": {}}
+    found, expected = (
+        objective.loss(moved, (), batch_of(rows, moved["sampler"]))[0]
+        for rows in (both, first)
+    )
+    assert float(found) == pytest.approx(float(expected), rel=1e-9)
+    assert float(found) > 0

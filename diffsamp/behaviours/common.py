@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from diffsamp import buffers
 from diffsamp.types import (
+    Anchor,
     Array,
     Cost,
     Energy,
@@ -77,7 +78,16 @@ def joined(parts: Sequence[Proposal]) -> Proposal:
     """The rows of several proposals; densities only where all have them."""
     if any(part.paths.densities is None for part in parts):
         parts = [without_densities(part) for part in parts]
+    if any(part.anchor is not None for part in parts):
+        parts = [_anchored(part) for part in parts]
     return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
+
+
+def _anchored(proposal: Proposal) -> Proposal:
+    if proposal.anchor is not None:
+        return proposal
+    nothing = jnp.full_like(proposal.paths.energy, jnp.nan)
+    return proposal._replace(anchor=Anchor(nothing, nothing))
 
 
 def without_densities(proposal: Proposal) -> Proposal:

@@ -50,10 +50,10 @@ def _checked(member):
 @functools.cache
 def _mixture(*members: tuple[Behaviour, float]) -> Behaviour:
     behaviours = [behaviour for behaviour, _ in members]
-    if any(b.provides.anchor for b in behaviours):
+    if sum(b.provides.anchor for b in behaviours) > 1:
         raise ValueError(
-            "behaviours.trust_region() cannot be mixed: its objective fits the paths "
-            "of one sampler; use it alone"
+            "a mixture takes one behaviours.trust_region() at most: its objective fits "
+            "the paths of one sampler"
         )
 
     def init(key, sampler, params, energy):
@@ -72,6 +72,8 @@ def _mixture(*members: tuple[Behaviour, float]) -> Behaviour:
         only_on_policy=all(b.provides.only_on_policy for b in behaviours),
         target_draws=any(b.provides.target_draws for b in behaviours),
         conditions=all(b.provides.conditions for b in behaviours),
+        anchor=any(b.provides.anchor for b in behaviours),
+        stored_rows=_StoredRows(members),
     )
     begun = tuple((b.begun, share) for b, share in members)
     functions = [_Of(f, begun) for f in (_propose, _update, _metrics)]
@@ -86,6 +88,17 @@ class _Of(NamedTuple):
 
     def __call__(self, *args):
         return self.function(self.members, *args)
+
+
+class _StoredRows(NamedTuple):
+    """`Provides.stored_rows` of a mixture."""
+
+    members: tuple[tuple[Behaviour, float], ...]
+
+    def __call__(self, batch_size: int) -> int:
+        sizes = np.diff(_ends(self.members, batch_size), prepend=0)
+        rows = (b.provides.stored_rows for b, _ in self.members)
+        return sum(of(int(size)) for of, size in zip(rows, sizes, strict=True))
 
 
 def _propose(members, states, key, sampler, params, energy, request, count):
@@ -121,10 +134,14 @@ def _metrics(members, states):
     return {name: value for part in parts for name, value in part.items()}
 
 
+def _ends(members, batch_size):
+    shares = np.array([share for _, share in members], np.float64)
+    return np.round(np.cumsum(shares / shares.sum()) * batch_size).astype(int)
+
+
 def _split(members, request):
     batch_size = num_rows(request)
-    shares = np.array([share for _, share in members], np.float64)
-    ends = np.round(np.cumsum(shares / shares.sum()) * batch_size).astype(int)
+    ends = _ends(members, batch_size)
     starts = ends - np.diff(ends, prepend=0)
     if np.min(ends - starts) < 1:
         raise ValueError(

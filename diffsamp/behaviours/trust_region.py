@@ -64,10 +64,10 @@ def trust_region(
 ) -> Behaviour:
     """Rows from the paths of a round, with the tempered weights they should get.
 
-    For `objectives.trust_region_log_variance`, which needs it. Not to be mixed. A
-    learned destruction kernel is part of w and has to stay as it is within a round: it
-    gets no gradient from that objective, and another one may move it in the last update
-    of a round only (`objectives.gradient_scale` with a schedule).
+    For `objectives.trust_region_log_variance`, which needs it and ignores the other
+    rows of a mixture. A learned destruction kernel is part of w. That objective gives
+    it no gradient; another one may, on rows of its own: what a round asks for is kept
+    with its paths, and does not move with the kernel before the next round.
 
     Metrics: ``trust_region_exponent``, 1 once the target itself is within the budget,
     and ``trust_region_divergence``. The first batch of a round is on-policy.
@@ -83,8 +83,19 @@ def trust_region(
 
     Example:
         >>> import diffsamp as ds
-        >>> ds.behaviours.trust_region(1_024, every=100).provides.anchor
+        >>> rounds = ds.behaviours.trust_region(1_024, every=100)
+        >>> rounds.provides.anchor
         True
+
+        With learned destruction:
+
+        >>> behaviour = ds.behaviours.mixture(
+        ...     (rounds, 0.5), (ds.behaviours.on_policy(), 0.5)
+        ... )
+        >>> objective = ds.objectives.weighted_sum(
+        ...     (ds.objectives.trust_region_log_variance(), 1.0),
+        ...     (ds.objectives.trajectory_likelihood(), 1.0),
+        ... )
     """
     if num_paths < 2 or every < 1 or not max_divergence > 0:
         raise ValueError(
@@ -152,8 +163,13 @@ def trust_region(
             "trust_region_divergence": state.divergence,
         }
 
-    provides = Provides(simulated=True, anchor=True)
+    provides = Provides(simulated=True, anchor=True, stored_rows=all_rows)
     return Behaviour(init, propose, update, provides, metrics)
+
+
+def all_rows(batch_size: int) -> int:
+    """For `Provides.stored_rows`: every one."""
+    return batch_size
 
 
 def largest_exponent(log_weight: Array, max_divergence: float) -> tuple[Array, Array]:
