@@ -57,13 +57,13 @@ def evaluate(
 
     Returns:
         A dict with ``elbo``, ``log_z``, ``log_z_standard_error``, ``log_z_smoothed``
-        (from Pareto-smoothed weights), ``ess`` (fraction), ``pareto_k``, ``verdict``,
-        ``collapsed``, counts; with reference draws also ``missing_mass`` and its noise
-        ``coverage_tolerance``, ``eubo``, ``log_z_forward``,
-        ``forward_ess``, ``w2``, ``sinkhorn``, ``mmd``,
-        ``quantile_error`` (the largest, in standard deviations) and their floors,
-        ``quantiles``; with known modes ``mode_weights``, ``mode_tv``; with a known
-        log Z ``log_z_error``, ``elbo_gap``, ``eubo_gap``.
+        (from Pareto-smoothed weights), ``elbo_standard_error``, ``ess`` (fraction),
+        ``pareto_k``, ``verdict``, ``collapsed``, counts; with reference draws also
+        ``missing_mass`` and its noise ``coverage_tolerance``, ``eubo``,
+        ``eubo_standard_error``, ``log_z_forward``, ``forward_ess``, ``w2``,
+        ``sinkhorn``, ``mmd``, ``quantile_error`` (the largest, in standard deviations)
+        and their floors, ``quantiles``; with known modes ``mode_weights``, ``mode_tv``;
+        with a known log Z ``log_z_error``, ``elbo_gap``, ``eubo_gap``.
 
     Raises:
         ValueError: when target is none or of another dimension than the sampler,
@@ -123,7 +123,8 @@ def evaluate(
         out["missing_mass"] = report.missing_mass
         out["coverage_tolerance"] = report.coverage_tolerance
     if weighted:
-        out["elbo"] = draws.log_evidence.lower
+        lower = evidence.elbo(draws.log_weight)
+        out["elbo"], out["elbo_standard_error"] = lower
         out["log_z"] = draws.log_evidence.estimate
         out["log_z_standard_error"] = draws.log_evidence.standard_error
         smoothed = draws.smoothed_log_weight
@@ -167,7 +168,7 @@ def evaluate(
         names = ("energy", "gradient", "network")
         for name, price in zip(names, sampler.evaluations_per_trace, strict=True):
             out[f"num_{name}_evaluations"] += len(exact[1]) * price
-        out["eubo"] = evidence.eubo(log_weight).estimate
+        out["eubo"], out["eubo_standard_error"] = evidence.eubo(log_weight)
         out["log_z_forward"], out["log_z_forward_standard_error"] = forward
         out["forward_ess"] = float(
             diagnostics.forward_effective_sample_size(log_weight)

@@ -25,6 +25,7 @@ NEAR = ds.samplers.dis(2, 4, loc=(1.0, -2.0), scale=2.2, network=CONTROL)
 ALWAYS = {
     "num_draws",
     "elbo",
+    "elbo_standard_error",
     "log_z",
     "log_z_standard_error",
     "log_z_smoothed",
@@ -48,6 +49,7 @@ WITH_DRAWS = DISTANCES | {
     "missing_mass",
     "coverage_tolerance",
     "eubo",
+    "eubo_standard_error",
     "log_z_forward",
     "log_z_forward_standard_error",
     "forward_ess",

@@ -14,6 +14,7 @@ import sys
 import types
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -337,6 +338,7 @@ GRID_ROW = {
     **{"batch_size": 256, "max_seconds": 90.0, "max_energy_evaluations": 1000},
     **{"num_draws": 2000, "diverged": False, "device": "cpu", "python": "3.11"},
     **{"versions": {"jax": "0.10"}, "log_z_error": -0.01, "elbo_gap": 0.4},
+    **{"verdict": "trust", "pareto_k": 0.3},
 }
 
 
@@ -359,16 +361,18 @@ def test_the_grid_of_steps_says_whether_few_learned_ones_are_better(
         GRID_ROW
         | few
         | {"name": "TB for both", "seed": 0, "diverged": True, "gap": 7.0}
+        | {"verdict": "do not trust: k-hat"}
     )
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)))
     arguments("table", path)
     script.main()
     text = capsys.readouterr().out
-    assert "| gmm25 | 20 | fixed | 2 | 1.200 (1.400) | 0.400 (0.400) |" in text
-    assert "| gmm25 | TB for both | 1, 1 diverged | 7.000 (7.000) |" in text
-    assert "| gmm25 | 1.200 | 0.800 | 0.050 | 0.040 | yes |" in text
-    assert "| gmm40 | 1.200 | 0.800 | 0.050 | 0.200 | no |" in text
+    assert "| gmm25 | 20 | fixed | 2 | 2 | 1.200 (1.400) | 0.400 (0.400) |" in text
+    assert "| gmm25 | TB for both | 5 | 1, 1 diverged | 0 | 7.000 (7.000) |" in text
+    gaps = "1.200 (1.400) | 0.800 (1.000)"
+    assert f"| gmm25 | {gaps} | 0.050 (0.050) | 0.040 (0.040) | yes |" in text
+    assert f"| gmm40 | {gaps} | 0.050 (0.050) | 0.200 (0.200) | no |" in text
     assert "jax 0.10" in text
 
 
@@ -593,9 +597,10 @@ def test_consistent_settings_are_defined():
 def test_consistent_tables_name_violated_bounds():
     script = _script("consistent")
     row = {"target": "gmm9", "method": "cdds", "seed": 0, "num_steps": 1}
-    row |= {"elbo_gap": 0.1, "eubo_gap": 0.2, "log_z_standard_error": 0.01}
-    assert "on all 2 rows" in script.honest([row, row | {"log_z_standard_error": None}])
-    for wrong in ({"elbo_gap": -0.04}, {"eubo_gap": -0.04}):
+    row |= {"elbo_gap": 0.1, "eubo_gap": 0.2, "log_z_standard_error": None}
+    row |= {"elbo_standard_error": 0.01, "eubo_standard_error": 0.02}
+    assert "on all 2 rows" in script.honest([row, row | {"eubo_gap": -0.05}])
+    for wrong in ({"elbo_gap": -0.04}, {"eubo_gap": -0.07}):
         said = script.honest([row, row | wrong])
         assert said == "Bounds violated: gmm9, cdds, seed 0, 1 steps."
 
@@ -609,6 +614,18 @@ def test_shape_of_consistent_draws():
     found = script.shape(target, true["mean"] + true["sd"] * (1.2 * noise + 0.5))
     assert found["flow_mean_error"] == pytest.approx(0.5, abs=1e-3)
     assert found["flow_sd_error"] == pytest.approx(0.2, abs=1e-3)
+    mixture = ds.targets.by_name("gmm9")
+    exact, others = (
+        np.asarray(mixture.sample(jax.random.key(k), 40_000)) for k in (0, 1)
+    )
+    mode = np.asarray(jax.vmap(mixture.modes.assign)(jnp.asarray(others)))
+    centre = np.array([others[mode == m].mean(0) for m in range(9)])[mode]
+    stretched = centre + np.where(mode % 2, 1.2, 0.8)[:, None] * (others - centre)
+    assert script.sd_error(mixture.modes, others, exact) < 0.05
+    assert script.sd_error(mixture.modes, stretched, exact) == pytest.approx(
+        0.2, abs=0.05
+    )
+    assert script.sd_error(mixture.modes, others[mode != 3], exact) == 1.0
     funnel = ds.targets.by_name("funnel_hard")
     a, b = (np.asarray(funnel.sample(jax.random.key(k), 20_000)) for k in (0, 1))
     assert script.band_error(a, b) < 0.1

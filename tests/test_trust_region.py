@@ -173,7 +173,7 @@ def test_bad_options(options, match):
 
 def test_a_mixture_has_one_at_most():
     twice = [(ds.behaviours.trust_region(64, every=n), 0.5) for n in (2, 3)]
-    with pytest.raises(ValueError, match="one behaviours.trust_region"):
+    with pytest.raises(ValueError, match=r"one behaviours\.trust_region"):
         ds.behaviours.mixture(*twice)
 
 
