@@ -229,6 +229,26 @@ def test_the_norm_is_an_upper_bound(shape):
         assert exact * (1 - 1e-5) <= bound <= exact * min(shape) ** (1 / 32) * 1.001
 
 
+@pytest.mark.parametrize("width", [256, 512])
+@pytest.mark.parametrize("scale", [1e-25, 1.0, 1e25])
+def test_the_norm_of_wide_matrices(width, scale):
+    """Of equal singular values, whose powers float32 cannot hold."""
+    noise = np.random.default_rng(0).standard_normal((width, width))
+    orthogonal = np.linalg.qr(noise)[0]
+    matrix = jnp.asarray(scale * orthogonal, jnp.float32)
+    bound, gradient = jax.value_and_grad(schatten_norm)(matrix)
+    assert float(bound) / scale == pytest.approx(width ** (1 / 32), rel=1e-5)
+    # Every singular value has the same share in the gradient.
+    expected = orthogonal * width ** (1 / 32 - 1)
+    np.testing.assert_allclose(gradient, expected, atol=1e-4 * expected.max())
+
+
+def test_the_norm_of_nothing():
+    bound, gradient = jax.value_and_grad(schatten_norm)(jnp.zeros((3, 5)))
+    assert 0 <= float(bound) < 0.1
+    np.testing.assert_array_equal(gradient, 0)
+
+
 def test_the_control_keeps_its_constant(x64):
     _, params = certified(4, scale=2.0)  # every matrix meets its bound
     points = 3 * jax.random.normal(KEY, (300, 2))
