@@ -4,11 +4,11 @@ Every matrix W acts as ``W / max(1, ||W||)`` with the Schatten norm
 
     ||W|| = (sum_i s_i^32)^(1/32) = ||(W^T W)^8||_F^(1/16)
 
-of its singular values s_i, which is never below the largest of them and, at width 64,
-at most 14 % above (at 512 22 %), and which costs four products of small matrices, in
-full precision and each of a matrix scaled to entries of about one: the powers themselves
-are outside the range of float32 from a width of 256 on. Between the matrices stands
-swish(h) / 1.1, whose slope is below one (Chen et al. 2019, arXiv
+of its singular values s_i, which is never below the largest of them, at width 64 at
+most 14 % above and at 512 22 %, and which costs four products of small matrices. These
+are in full precision, and each is of a matrix scaled to entries of about one: from a
+width of 256 on the powers themselves are outside the range of float32. Between the
+matrices stands swish(h) / 1.1, whose slope is below one (Chen et al. 2019, arXiv
 1906.02735). Sums of constants, such as embeddings of time, change nothing.
 """
 
