@@ -598,14 +598,21 @@ class Sampler:
             )
 
     def score_at(
-        self, energy: Energy, x: Array, condition: Array | None = None
+        self,
+        energy: Energy,
+        x: Array,
+        condition: Array | None = None,
+        *,
+        constant: bool = True,
     ) -> Array:
         """What the networks see of the energy at x: [D], or [0] if they need nothing.
 
-        One evaluation of the energy gradient, as a constant.
+        One evaluation of the energy gradient, as a constant unless told otherwise.
         """
-        bound = self._bind(energy, condition)
-        return self._value_and_score(bound, self.unit(x))[1]
+        bound, y = self._bind(energy, condition), self.unit(x)
+        if not self.needs_score:
+            return _nothing(y.dtype)[1]
+        return self._score_at(bound, y, constant)[1]
 
     def score_path(
         self, params: Params, path: Path, condition: Array | None = None
@@ -952,9 +959,10 @@ class Sampler:
     def _value_and_score(self, energy: Energy, y: Array):
         return self._score_at(energy, y) if self.needs_score else _nothing(y.dtype)
 
-    def _score_at(self, energy: Energy, y: Array):
+    def _score_at(self, energy: Energy, y: Array, constant: bool = True):
         """Energy, and minus its gradient in unit coordinates, as constants."""
-        x = jax.lax.stop_gradient(self.original(y))
+        x = self.original(y)
+        x = jax.lax.stop_gradient(x) if constant else x
         value, gradient = jax.value_and_grad(energy)(x)
         return value, -_row(np.asarray(self.scale, y.dtype), y) * gradient
 
