@@ -65,12 +65,16 @@ class ProbabilityFlow:
         """The largest Lipschitz constant of a step's displacement.
 
         After the affine part of the step has been factored out; None where no bound is
-        known.
+        known, as of a control that sees the score: a network's constant says nothing of
+        the energy's second derivatives.
         """
-        bound = getattr(self.sampler.generation, "lipschitz", None)
-        if bound is None or not isinstance(self.solver, solvers.OneCallSolver):
+        control, solver = self.sampler.generation, self.solver
+        bound = getattr(control, "lipschitz", None)
+        if bound is None or control.needs_score:
             return None
-        keep, gain = self.solver.coefficients(self.grid)
+        if not isinstance(solver, solvers.OneCallSolver):
+            return None
+        keep, gain = solver.coefficients(self.grid)
         if not np.all(keep != 0):
             return None
         return float(bound * np.max(np.abs(gain / keep)))
@@ -249,20 +253,35 @@ class ProbabilityFlow:
 
     @property
     def grid(self) -> solvers.FlowGrid:
-        """Signal and noise on the grid, ending without noise."""
+        """Signal and noise, none at the end, and the decay of generation."""
         process: Any = self.sampler.process
-        times = process.coefficients(self.num_steps).times
-        signal = process.schedule.signal(times)
+        table = process.coefficients(self.num_steps)
+        signal = process.schedule.signal(table.times)
         signal = signal / signal[-1]
-        return solvers.FlowGrid(np.sqrt(signal), np.sqrt(1 - signal))
+        decay = table.generation_decay
+        return solvers.FlowGrid(np.sqrt(signal), np.sqrt(1 - signal), decay)
 
     def _start(self, key):
         dtype = jax.dtypes.canonicalize_dtype(float)
         place = jax.random.fold_in(as_key(key), self.num_steps)
         return self.sampler.original(standard_normal(place, (self.dim,), dtype))
 
-    def stepper(self, params: Params, energy: Energy, condition: Array | None = None):
+    def stepper(
+        self,
+        params: Params,
+        energy: Energy,
+        condition: Array | None = None,
+        *,
+        through_score: bool = False,
+    ):
         """``(k, y [D]) -> y [D]``, step number k in unit coordinates.
+
+        Args:
+            params: parameters.
+            energy: as in `__call__`.
+            condition: [condition_dim], or None.
+            through_score: whether derivatives in y include those of the score, by
+                second derivatives of the energy.
 
         Raises:
             ValueError: when the solver needs more than one call per step.
@@ -273,19 +292,19 @@ class ProbabilityFlow:
                 "of one call per step: ds.solvers.frozen, euler or exponential"
             )
         keep, gain = self._coefficients
-        control = self._control(params, energy, condition)
+        control = self._control(params, energy, condition, through_score)
         return lambda k, y: keep[k] * y + gain[k] * control(k, y)
 
     def log_reference(self, x: Array) -> Array:
         """Log-density of the reference at x [D], []."""
         return self.sampler.log_prior(self.sampler.unit(jnp.asarray(x)))
 
-    def _control(self, params, energy, condition):
+    def _control(self, params, energy, condition, through_score=False):
         sampler, steps = self.sampler, self.sampler.steps()
 
         def control(k, y):
             x = sampler.original(y)
-            score = sampler.score_at(energy, x, condition)
+            score = sampler.score_at(energy, x, condition, constant=not through_score)
             step = jax.tree.map(lambda column: column[k], steps)
             return sampler.flow_control(params, step, x, score, condition)
 
@@ -319,12 +338,15 @@ def probability_flow(
     certified to be one to one (`ProbabilityFlow.why_no_weight`), and none otherwise.
 
     Args:
-        sampler: a sampler on a variance-preserving process (dis, dds, scds).
-        solver: from `solvers`; the default is the one that self-consistency trains. For
-            a control without step conditioning take ``solvers.dpm_solver()``.
+        sampler: a sampler on a variance-preserving process (dis, dds, scds), whose
+            destruction is not learned but where `scds` learns it.
+        solver: from `solvers`; the default takes `Sampler.flow_step`, which is what
+            self-consistency trains. For a control without step conditioning take
+            ``solvers.dpm_solver()``.
 
     Raises:
-        ValueError: when the sampler's process has no probability flow.
+        ValueError: when half of the sampler's control is no probability flow
+            (`Sampler.check_flow`).
 
     Example:
         >>> import jax, diffsamp as ds

@@ -9,8 +9,9 @@ displacement of step k of a flow, x_0 from the reference p_0 and x_K the end,
   of ``log det(1 + dD_k/dx)``, which small steps need and large ones do not obey.
 
 The first is the one-step weight of arXiv 2502.07579, the second the deterministic-flow
-weight of arXiv 2512.05251 (there with an estimated trace). For weights that are valid
-take the sampler's own, or a certified flow's (`probability_flow`).
+weight of arXiv 2512.05251 (there with an estimated trace, and without the divergence
+that comes through a score which the control is shown; here with all of it). For weights
+that are valid take the sampler's own, or a certified flow's (`probability_flow`).
 """
 
 from __future__ import annotations
@@ -52,6 +53,9 @@ def first_order_log_determinant(
 ) -> Array:
     """`boundary_ratio` and the divergence of every step, []: not a bound in any sense.
 
+    Where the control sees the score its derivative is part of the divergence, which
+    takes second derivatives of the energy.
+
     Args:
         flow: the flow, with a solver of one call per step.
         params: parameters of its sampler.
@@ -62,7 +66,7 @@ def first_order_log_determinant(
     Raises:
         ValueError: when the solver needs more than one call per step.
     """
-    step = flow.stepper(params, energy, condition)
+    step = flow.stepper(params, energy, condition, through_score=True)
 
     def move(y, k):
         divergence = jnp.trace(jax.jacfwd(lambda y: step(k, y) - y)(y))

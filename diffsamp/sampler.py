@@ -168,12 +168,14 @@ class Sampler:
             for all step counts, or None for a sampler that is not to share them. Only
             divisors of F are step counts then, and with K steps everything that is
             learned but the drift of generation is multiplied by
-            ``((F/K - 1) / (F - 1))^(1/2)``: with F steps nothing else is learned.
+            ``((F/K - 1) / (F - 1))^(1/2)``, 0 for F = 1: with F steps nothing else is
+            learned.
 
     Raises:
         ValueError: when dim or num_steps is below 1, loc or scale has another length
             than dim or is not finite, scale is not positive, a network is no control,
-            or finest is below 2 or not a multiple of num_steps.
+            finest is below 1 or not a multiple of num_steps, or it is 1 and the
+            destruction kernel is learned.
     """
 
     dim: int
@@ -222,13 +224,20 @@ class Sampler:
                 "time_grid must be a function of the number of steps, got "
                 f"{time_grid!r}; schedules.power_grid(2.0), for one"
             )
-        if self.finest is not None and self.finest < 2:
-            raise ValueError(f"finest must be at least 2 or None, got {self.finest}")
+        if self.finest is not None:
+            finest = as_count("finest", self.finest, 1)
+            object.__setattr__(self, "finest", finest)
         if self.finest is not None and self.finest % self.num_steps:
             raise ValueError(
                 f"num_steps must divide {self.finest}, the number of steps with which "
                 f"this sampler is trained, got {self.num_steps}: its network has seen "
                 "no steps of that length"
+            )
+        if self.finest == 1 and self.destruction is not None:
+            raise ValueError(
+                "with finest=1 there is only the training grid, on which destruction "
+                "is not learned; give the number of steps of a finer one, "
+                "finest=128 for one, or leave the destruction network out"
             )
 
     # -- what users call ------------------------------------------------------------
@@ -490,7 +499,7 @@ class Sampler:
             The state at its end, [D].
 
         Raises:
-            ValueError: when the process has no such flow.
+            ValueError: when the control stands for no such flow (`check_flow`).
         """
         control = self.flow_control(params, step, x, score, condition)
         return self.original(self.unit(x) + (1 - step.generation_decay) * control)
@@ -511,6 +520,12 @@ class Sampler:
         y = self.unit(x)
         seen = _Seen(score, self._features(params, y, step.time, condition))
         control = self._generation_control(params, step, y, seen, condition)
+        if control.shape == (3 * self.dim,) and self.finest is None:
+            raise ValueError(
+                "the residual of a control with flow_tied=True is free at every step "
+                "count, and so is its flow; take ds.samplers.scds, which keeps the "
+                "residual at zero on its training grid, or leave flow_tied=True out"
+            )
         mean, decay = step.generation_decay * y, step.generation_decay
         controlled, _ = self._controlled(
             step, mean, step.generation_std, control, self.generation_bounds
@@ -535,23 +550,46 @@ class Sampler:
         return self.original(control[: self.dim])
 
     def check_predicts_end(self) -> None:
-        """Checks that the generation network is a consistency function.
+        """Checks that steps go where the generation network says that a path ends.
 
         Raises:
-            ValueError: when it is not.
+            ValueError: when they do not.
         """
         if not isinstance(self.process, Renoising):
             raise ValueError(
                 f"{type(self.process).__name__} has no network that predicts the end "
                 "of a path; the student must be a ds.samplers.cdds"
             )
+        if self.generation_bounds.shift is not None:
+            raise ValueError(
+                "a bound on the mean of generation keeps the steps of a consistency "
+                "sampler from the end that its network predicts; leave shift out of "
+                f"generation_bounds, got {self.generation_bounds.shift}"
+            )
 
     def check_flow(self) -> None:
-        """Checks that the process has a probability flow.
+        """Checks that half of the generation control is a probability flow.
+
+        It is where the control is learned against a fixed destruction: the paths that
+        generation has to reverse then have one law, and so the mean of its kernel has
+        one optimum, whether its variance is learned or not. Destruction that is learned
+        on the same grid leaves a pair of controls, of which neither alone says how the
+        marginals move; `finest` keeps it fixed on the training grid.
 
         Raises:
-            ValueError: when it has none.
+            ValueError: when the process has no flow, or destruction is learned at every
+                step count.
         """
+        self._check_process_has_flow()
+        if self.destruction is not None and self.finest is None:
+            raise ValueError(
+                "destruction is learned, too, and then half of the generation control "
+                "is no probability flow; leave out learn_destruction and "
+                "destruction_network, or take ds.samplers.scds, which keeps "
+                "destruction fixed on its training grid"
+            )
+
+    def _check_process_has_flow(self) -> None:
         if not self.process.has_flow:
             raise ValueError(
                 f"{type(self.process).__name__} has no probability flow of its "
@@ -560,14 +598,21 @@ class Sampler:
             )
 
     def score_at(
-        self, energy: Energy, x: Array, condition: Array | None = None
+        self,
+        energy: Energy,
+        x: Array,
+        condition: Array | None = None,
+        *,
+        constant: bool = True,
     ) -> Array:
         """What the networks see of the energy at x: [D], or [0] if they need nothing.
 
-        One evaluation of the energy gradient, as a constant.
+        One evaluation of the energy gradient, as a constant unless told otherwise.
         """
-        bound = self._bind(energy, condition)
-        return self._value_and_score(bound, self.unit(x))[1]
+        bound, y = self._bind(energy, condition), self.unit(x)
+        if not self.needs_score:
+            return _nothing(y.dtype)[1]
+        return self._score_at(bound, y, constant)[1]
 
     def score_path(
         self, params: Params, path: Path, condition: Array | None = None
@@ -672,7 +717,7 @@ class Sampler:
         controlled, std = self._controlled(step, mean, reference_std, control, bounds)
         if control.shape != (3 * self.dim,):
             return controlled, std
-        self.check_flow()
+        self._check_process_has_flow()
         flow = y + 0.5 * (controlled - mean)
         ratio = jnp.minimum((std / reference_std) ** 2, 1.0)
         residual = self._shift(step, control[2 * self.dim :], bounds)
@@ -700,6 +745,8 @@ class Sampler:
     def _freedom(self) -> float:
         if self.finest is None:
             return 1.0
+        if self.finest == self.num_steps:
+            return 0.0
         return math.sqrt((self.finest / self.num_steps - 1) / (self.finest - 1))
 
     def _controlled(self, step: Step, mean, std, control, bounds: Bounds):
@@ -912,9 +959,10 @@ class Sampler:
     def _value_and_score(self, energy: Energy, y: Array):
         return self._score_at(energy, y) if self.needs_score else _nothing(y.dtype)
 
-    def _score_at(self, energy: Energy, y: Array):
+    def _score_at(self, energy: Energy, y: Array, constant: bool = True):
         """Energy, and minus its gradient in unit coordinates, as constants."""
-        x = jax.lax.stop_gradient(self.original(y))
+        x = self.original(y)
+        x = jax.lax.stop_gradient(x) if constant else x
         value, gradient = jax.value_and_grad(energy)(x)
         return value, -_row(np.asarray(self.scale, y.dtype), y) * gradient
 

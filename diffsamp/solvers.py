@@ -35,10 +35,14 @@ class FlowGrid(NamedTuple):
     Attributes:
         alpha: root of the signal's share of the variance, [K+1].
         sigma: root of the noise's, [K+1].
+        decay: factor on y in the mean of the process' own generation kernel, [K]:
+            ``alpha / alpha'`` where that is exponential, 1 minus the step of `euler`
+            where it is Euler's.
     """
 
     alpha: np.ndarray
     sigma: np.ndarray
+    decay: np.ndarray
 
 
 class Solver(Protocol):
@@ -136,7 +140,7 @@ def _euler(grid):
 
 
 def _frozen(grid):
-    return np.ones(len(grid.alpha) - 1), 1 - grid.alpha[:-1] / grid.alpha[1:]
+    return np.ones(len(grid.alpha) - 1), 1 - grid.decay
 
 
 def _exponential(grid):
@@ -153,8 +157,8 @@ def euler() -> OneCallSolver:
 def frozen() -> OneCallSolver:
     """Half of the control's share of the generation kernel's mean; one call a step.
 
-    The step that `objectives.self_consistency` trains (`Sampler.flow_step`): the one to
-    take with a step-conditioned control. First order.
+    The step that `objectives.self_consistency` trains (`Sampler.flow_step`), of any
+    process: the one to take with a step-conditioned control. First order.
     """
     return OneCallSolver(_frozen)
 

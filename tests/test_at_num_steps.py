@@ -113,6 +113,25 @@ def test_bad_step_counts(num_steps):
         at_num_steps(log_variance(), num_steps)
 
 
+@pytest.mark.parametrize(
+    ("num_steps", "found"), [((1, 3), "3"), ((16,), "16"), ((2, 3, 16), "3, 16")]
+)
+def test_step_counts_that_the_sampler_is_not_trained_for(num_steps, found):
+    objective = ds.objectives.weighted_sum(
+        (log_variance(), 1.0), (at_num_steps(trajectory_balance(), num_steps), 1.0)
+    )
+    with pytest.raises(ValueError, match=f"must divide 8, .* got {found}$"):
+        objective.init(KEY, SAMPLER, None, skewed_energy, None)
+
+
+def test_time_grids_that_know_one_step_count():
+    grid = ds.schedules.FixedGrid((0.0, 0.3, 1.0))
+    sampler = ds.samplers.dis(2, 2, network=FREE, time_grid=grid)
+    objective = at_num_steps(log_variance(), (1,))
+    with pytest.raises(ValueError, match="time grid has 2 steps, got 1"):
+        objective.init(KEY, sampler, None, skewed_energy, None)
+
+
 @pytest.mark.parametrize("name", ["reverse_kl", "trust_region_log_variance"])
 def test_objectives_that_cannot(name):
     with pytest.raises(ValueError, match="draws its own detached paths"):

@@ -215,6 +215,27 @@ TRAINED = jax.tree.map(lambda leaf: leaf + 0.1, teacher_of(FREE, 8).init(KEY))
             "the same schedule",
         ),
         ("progressive", teacher_of(FREE, 4, loc=0.0), "the same loc"),
+        ("progressive", ds.samplers.scds(3, 4), "the same dim, got 2 and 3"),
+        ("consistency", ds.samplers.cdds(3), "the same dim, got 2 and 3"),
+        ("continuous", student_of(condition_dim=1), "same condition_dim, got 0 and 1"),
+        (
+            "progressive",
+            teacher_of(FREE, 4, condition_dim=1),
+            "the same condition_dim, got 0 and 1",
+        ),
+        (
+            "progressive",
+            teacher_of(FREE, 4, process=ds.processes.EulerVariancePreserving),
+            "same kind of process, got 'VariancePreserving' and 'EulerVariance",
+        ),
+        ("progressive", ds.samplers.pis(2, 4), "PinnedBrownian has no probability"),
+        ("consistency", student_of(FREE), "must predict x itself at t = 1"),
+        ("continuous", student_of(FREE), "must predict x itself at t = 1"),
+        (
+            "consistency",
+            student_of(generation_bounds=ds.Bounds(shift=2.0)),
+            "leave shift out of generation_bounds, got 2.0",
+        ),
         ("progressive", teacher_of(FREE, 8), "the student has 8 steps and the teacher"),
         ("progressive", teacher_of(FREE, 3), "the student has 3 steps and the teacher"),
         ("progressive", teacher_of(FREE, 16), "student has 16 steps and the teacher 8"),
@@ -231,10 +252,75 @@ def test_students_that_cannot(name, student, match):
 def test_teachers_that_cannot(name):
     make, options = OBJECTIVES[name]
     untrained = teacher_of(FREE, 8)
-    with pytest.raises(ValueError, match="that of an untrained sampler"):
+    with pytest.raises(ValueError, match="those of an untrained sampler"):
         make(untrained, untrained.init(jax.random.key(5)), **options)
     with pytest.raises(ValueError, match="has no probability flow"):
         make(ds.samplers.pis(2, 8), {}, **options)
+    with pytest.raises(ValueError, match="destruction is learned, too"):
+        make(ds.samplers.dis(2, 8, learn_destruction=True), {}, **options)
+    with pytest.raises(ValueError, match="params are not those of this sampler"):
+        make(teacher_of(ds.networks.free(4, step_conditioned=True), 8), TRAINED)
+
+
+def wrapped(init):
+    """A function for a control, whose parameters init returns."""
+    return ds.networks.from_function(init, lambda p, y, t, context: p["w"] * y + p["b"])
+
+
+UNTRAINED = {
+    "contractive": {"network": ds.networks.contractive(**SMALL)},
+    "backbone": {
+        "network": ds.networks.free(**SMALL),
+        "backbone": ds.networks.backbone(**SMALL),
+    },
+    "reduced_precision": {"network": ds.networks.reduced_precision(FREE)},
+    "function": {
+        "network": wrapped(
+            lambda key, dim: {"w": jax.random.normal(key, (dim,)), "b": jnp.zeros(dim)}
+        )
+    },
+}
+
+
+@pytest.mark.parametrize("name", UNTRAINED)
+def test_untrained_teachers(name):
+    """However the last layer starts."""
+    teacher = ds.samplers.dis(2, 4, **PROCESS, **UNTRAINED[name])
+    params = teacher.init(jax.random.key(5))
+    with pytest.raises(ValueError, match="those of an untrained sampler"):
+        ds.objectives.progressive_distillation(teacher, params)
+    moved = jax.tree.map(lambda leaf: leaf + 1e-3, params)
+    ds.objectives.progressive_distillation(teacher, moved)
+
+
+@pytest.mark.parametrize(
+    "init",
+    [
+        lambda key, dim: {"w": jnp.ones(dim), "b": jnp.zeros(dim)},
+        lambda key, dim: dict(zip("wb", jax.random.normal(key, (2, dim)), strict=True)),
+    ],
+)
+def test_teachers_of_which_nobody_can_tell(init):
+    """Fitted parameters that a function returns, or nothing to recognise."""
+    teacher = teacher_of(wrapped(init), 8)
+    ds.objectives.progressive_distillation(teacher, teacher.init(KEY))
+
+
+def test_the_boundary_holds_for_all_parameters():
+    """x + F(x, t) with F zero before training is no consistency function."""
+
+    def drift(params, y, t, context):
+        return context.gain * (y + params * jnp.ones_like(y))
+
+    network = ds.networks.from_function(lambda key, dim: jnp.zeros(()), drift)
+    objective = consistency(teacher_of(step_control(SCHEDULE), 8))
+    with pytest.raises(ValueError, match="must predict x itself at t = 1"):
+        objective.init(KEY, student_of(network), None, skewed_energy, None)
+    student = student_of(ds.networks.consistency(**SMALL))
+    shapes = jax.eval_shape(
+        lambda key: objective.init(key, student, None, skewed_energy, None), KEY
+    )
+    assert jax.tree.map(jnp.shape, shapes[1]["generation"]["mean"]) == (2,)
 
 
 def test_bad_options():

@@ -85,13 +85,52 @@ def test_how_free_kernels_are():
         np.testing.assert_allclose(found, np.sqrt(share) * 10 * np.tanh(0.2), atol=1e-4)
 
 
+def test_a_sampler_of_one_step_is_trained_for_that_alone(x64):
+    network = ds.networks.free(**SMALL, step_conditioned=True, flow_tied=True)
+    sampler = sampler_of(1, network=network, destruction_network=None)
+    with pytest.raises(ValueError, match=r"must divide 1, .* got 128"):
+        sampler.with_num_steps(128)
+    params = perturbed(sampler.init(KEY), 0.3)
+    path = run(sampler, params)
+    step = jax.tree.map(lambda column: column[0], sampler.steps())
+    flow = sampler.flow_step(params, step, path.xs[0], jnp.zeros(0))
+    start, end, flow = (sampler.unit(v) for v in (path.xs[0], path.x, flow))
+    mean = step.generation_decay * start + 2 * (flow - start)
+    noise = (end - mean) / step.generation_std  # the reference's, without a residual
+    noise_density = jnp.sum(-0.5 * noise**2 - 0.5 * jnp.log(2 * jnp.pi))
+    volume = jnp.sum(jnp.log(jnp.array(PROCESS["scale"]) * step.generation_std))
+    np.testing.assert_allclose(path.log_generation[0], noise_density - volume)
+
+
+def test_where_half_of_the_control_is_a_flow():
+    back = {"destruction_network": BACK}
+    for factory in (ds.samplers.dis, ds.samplers.dds):
+        with pytest.raises(ValueError, match="destruction is learned, too, and then"):
+            factory(2, 4, **back).check_flow()
+    with pytest.raises(ValueError, match="destruction is learned, too, and then"):
+        ds.probability_flow(ds.samplers.dis(2, 4, learn_destruction=True))
+    ds.samplers.scds(2, 4, **back).check_flow()
+    # With fixed destruction there is one law of paths to reverse.
+    ds.samplers.dis(2, 4, learn_generation_variance=True).check_flow()
+    free = ds.networks.free(**SMALL, flow_tied=True)
+    loose = ds.samplers.dis(2, 4, network=free)
+    loose_flow = ds.probability_flow(loose)
+    with pytest.raises(ValueError, match=r"the residual .* is free at every step"):
+        loose_flow.solve(loose.init(KEY), jnp.zeros(2), skewed_energy)
+    path = run(loose, loose.init(KEY))  # of which the weight is as good as any
+    assert jnp.isfinite(path.log_weight)
+
+
 def test_bad_input():
-    with pytest.raises(ValueError, match="finest must be at least 2 or None, got 1"):
-        ds.samplers.scds(2, 1, finest=1)
+    with pytest.raises(ValueError, match="finest must be at least 1, got 0"):
+        ds.samplers.scds(2, 1, finest=0)
     for num_steps in (3, 5, 16, 256):  # no divisors, or more than there are
         with pytest.raises(ValueError, match=f"must divide 8, .* got {num_steps}"):
             sampler_of(8).with_num_steps(num_steps)
-    assert ds.samplers.scds(2, 1).finest is None
+    for kernel in ("generation_variance", "destruction"):
+        with pytest.raises(ValueError, match=r"with finest=1 there is only .* finest="):
+            ds.samplers.scds(2, 1, **{f"learn_{kernel}": True})
+        ds.samplers.scds(2, 1, finest=2, **{f"learn_{kernel}": True})
     wrong = sampler_of(4, destruction_network=TIED)
     with pytest.raises(ValueError, match="only the generation kernel can be tied"):
         run(wrong, wrong.init(KEY))

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from gaussian_flow import LOC, MEAN, SCALE, SD, signal, step_control
-from tables import skewed_energy
+from tables import SMALL, perturbed, skewed_energy
 
 import diffsamp as ds
 
@@ -52,6 +52,27 @@ def test_of_an_exact_flow(x64, num_steps):
     error = np.sum(growth - 1 - np.log(growth))
     assert first_order == pytest.approx(error, abs=5e-3)
     assert first_order > (0.1 if num_steps == 1 else 0.001)  # above log Z: no bound
+
+
+def test_the_divergence_goes_through_the_score(x64):
+    """Against finite differences of the steps."""
+    network = ds.networks.annealed_score_guided(**SMALL, step_conditioned=True)
+    sampler = ds.samplers.scds(2, 2, loc=LOC, scale=SCALE, network=network)
+    flow, params = ds.probability_flow(sampler), perturbed(sampler.init(KEY), 0.3)
+    step = jax.jit(flow.stepper(params, skewed_energy))
+    x, h = jnp.array([1.3, -2.0]), 1e-5
+    y, divergence = sampler.unit(x), 0.0
+    for k in range(2):
+        for i in range(2):
+            nudge = h * jnp.eye(2)[i]
+            difference = step(k, y + nudge)[i] - step(k, y - nudge)[i]
+            divergence += difference / (2 * h) - 1
+        y = step(k, y)
+    functions = ds.not_bounds.boundary_ratio, ds.not_bounds.first_order_log_determinant
+    without, with_it = (
+        jax.jit(lambda x, f=f: f(flow, params, x, skewed_energy))(x) for f in functions
+    )
+    assert float(with_it - without) == pytest.approx(float(divergence), rel=1e-6)
 
 
 def test_single_steps_are_needed():

@@ -46,6 +46,30 @@ def test_all_iterations_give_the_sequential_path(x64, num_blocks):
     np.testing.assert_allclose(found.x, end, rtol=1e-9)
 
 
+@pytest.mark.parametrize("num_iterations", [1, 3])
+def test_every_iteration_gains_a_block(x64, num_iterations):
+    """After i iterations the first i blocks are the sequential ones, and no more."""
+    flow, params = flow_of(NETWORK)
+    start = jnp.asarray(START)
+
+    @jax.jit
+    def sequential(y):
+        step = flow.stepper(params, skewed_energy)
+        ys = jax.lax.scan(lambda y, k: (step(k, y),) * 2, y, jnp.arange(16))[1]
+        return flow.sampler.original(ys[1::2])  # of 8 blocks
+
+    blocks = sequential(flow.sampler.unit(start))
+    tolerance = {1: 1.0, 3: 1e-4}[num_iterations]
+    run = jax.jit(
+        lambda x: ds.parareal(flow, params, x, skewed_energy, 8, tolerance=tolerance)
+    )
+    found = run(start)
+    assert int(found.num_iterations) == num_iterations
+    done, rest = found.xs[1 : num_iterations + 1], found.xs[num_iterations + 1 :]
+    np.testing.assert_allclose(done, blocks[:num_iterations], rtol=1e-9)
+    assert np.all(np.max(np.abs(rest - blocks[num_iterations:]), axis=1) > 1e-7)
+
+
 def test_a_perfect_coarse_step_leaves_nothing_to_do(x64):
     flow, _ = flow_of(step_control(SCHEDULE))
     params = flow.init(KEY)

@@ -1,5 +1,7 @@
 """The probability flow: order of the solvers, draws without weights."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -135,17 +137,26 @@ def trained():
     return sampler, perturbed(sampler.init(KEY), 0.2)
 
 
-def test_frozen_steps_are_those_of_self_consistency(trained):
-    sampler, params = trained
+@pytest.mark.parametrize("process", ["VariancePreserving", "EulerVariancePreserving"])
+def test_the_default_steps_are_those_of_self_consistency(process):
+    sampler = ds.samplers.scds(
+        2,
+        4,
+        loc=LOC,
+        scale=SCALE,
+        network=ds.networks.annealed_score_guided(**SMALL, step_conditioned=True),
+        process=getattr(ds.processes, process),
+    )
+    params = perturbed(sampler.init(KEY), 0.1)
     x = jnp.array([1.3, -2.0])
 
     @jax.jit
     def by_hand(x):
-        for k in range(4):
-            step = jax.tree.map(lambda a, k=k: a[k], sampler.steps())
+        def move(x, step):
             score = sampler.score_at(skewed_energy, x)
-            x = sampler.flow_step(params, step, x, score)
-        return x
+            return sampler.flow_step(params, step, x, score), None
+
+        return jax.lax.scan(move, x, sampler.steps())[0]
 
     flow = ds.probability_flow(sampler)
     end = jax.jit(lambda x: flow.solve(params, x, skewed_energy))(x)
@@ -229,6 +240,26 @@ def test_the_norm_is_an_upper_bound(shape):
         assert exact * (1 - 1e-5) <= bound <= exact * min(shape) ** (1 / 32) * 1.001
 
 
+@pytest.mark.parametrize("width", [256, 512])
+@pytest.mark.parametrize("scale", [1e-25, 1.0, 1e25])
+def test_the_norm_of_wide_matrices(width, scale):
+    """Of equal singular values, whose powers float32 cannot hold."""
+    noise = np.random.default_rng(0).standard_normal((width, width))
+    orthogonal = np.linalg.qr(noise)[0]
+    matrix = jnp.asarray(scale * orthogonal, jnp.float32)
+    bound, gradient = jax.value_and_grad(schatten_norm)(matrix)
+    assert float(bound) / scale == pytest.approx(width ** (1 / 32), rel=1e-5)
+    # Every singular value has the same share in the gradient.
+    expected = orthogonal * width ** (1 / 32 - 1)
+    np.testing.assert_allclose(gradient, expected, atol=1e-4 * expected.max())
+
+
+def test_the_norm_of_nothing():
+    bound, gradient = jax.value_and_grad(schatten_norm)(jnp.zeros((3, 5)))
+    assert 0 <= float(bound) < 0.1
+    np.testing.assert_array_equal(gradient, 0)
+
+
 def test_the_control_keeps_its_constant(x64):
     _, params = certified(4, scale=2.0)  # every matrix meets its bound
     points = 3 * jax.random.normal(KEY, (300, 2))
@@ -308,5 +339,9 @@ def test_flows_that_are_not_certified():
     with pytest.raises(ValueError, match="no valid weight: a step of this flow"):
         few.transport(params, jnp.zeros(2), skewed_energy)
     assert not ds.probability_flow(sampler, ds.solvers.heun()).has_weights
+    shown = dataclasses.replace(CONTRACTIVE, needs_score=True)
+    flow = ds.probability_flow(dataclasses.replace(sampler, generation=shown))
+    assert flow.lipschitz is None
+    assert "not known to be one to one" in flow.why_no_weight
     with pytest.raises(ValueError, match="lipschitz must be positive, got 0"):
         ds.networks.contractive(lipschitz=0)

@@ -14,7 +14,7 @@ from tables import (
 )
 
 import diffsamp as ds
-from diffsamp.objectives import Biased, Curriculum, self_consistency
+from diffsamp.objectives import Biased, Curriculum, Uniform, self_consistency
 
 KEY = jax.random.key(0)
 SCHEDULE = ds.schedules.geometric(0.1)
@@ -115,6 +115,7 @@ def test_laws_of_the_step_length():
     count = jnp.asarray(0)
     uniform, biased = (jax.nn.softmax(Biased(r)(4, count)) for r in (0.0, 1.5))
     np.testing.assert_allclose(uniform, 0.25)
+    np.testing.assert_array_equal(jax.nn.softmax(Uniform()(4, count)), uniform)
     np.testing.assert_allclose(biased[1:] / biased[:-1], np.exp(-1.5), rtol=1e-5)
     curriculum = Curriculum(100)
     for count, longest in ((0, 1), (24, 1), (25, 2), (75, 4), (1_000, 4)):

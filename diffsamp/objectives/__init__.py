@@ -26,6 +26,7 @@ from diffsamp.objectives.reverse_kl_log_derivative import (
 )
 from diffsamp.objectives.self_consistency import Biased as Biased
 from diffsamp.objectives.self_consistency import Curriculum as Curriculum
+from diffsamp.objectives.self_consistency import Uniform as Uniform
 from diffsamp.objectives.self_consistency import self_consistency as self_consistency
 from diffsamp.objectives.sub_trajectory_balance import (
     sub_trajectory_balance as sub_trajectory_balance,
@@ -46,6 +47,7 @@ __all__ = [
     "Biased",
     "Curriculum",
     "Flow",
+    "Uniform",
     "at_num_steps",
     "consistency_distillation",
     "continuous_consistency",

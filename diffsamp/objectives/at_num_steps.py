@@ -36,7 +36,9 @@ def at_num_steps(objective: Objective, num_steps: tuple[int, ...]) -> Objective:
 
     Raises:
         ValueError: when there is no step count or one below 1, or the objective
-            differentiates the simulation or needs a trust region's paths.
+            differentiates the simulation or needs a trust region's paths; at the start
+            of training when a step count does not divide the sampler's `finest`, or its
+            time grid knows none of so many steps.
 
     Example:
         >>> import diffsamp as ds
@@ -59,6 +61,18 @@ def at_num_steps(objective: Objective, num_steps: tuple[int, ...]) -> Objective:
             "reverse_kl_log_derivative"
         )
 
+    def init(key, sampler, params, energy, pilot):
+        finest = sampler.finest
+        wrong = [k for k in num_steps if finest is not None and finest % k]
+        if wrong:
+            raise ValueError(
+                f"num_steps of at_num_steps must divide {finest}, the number of steps "
+                f"with which the sampler is trained, got {', '.join(map(str, wrong))}"
+            )
+        for k in num_steps:
+            sampler.process.coefficients(k)  # the time grid may refuse
+        return objective.init(key, sampler, params, energy, pilot)
+
     def loss(params, state, batch):
         branches = [
             functools.partial(_loss_at, k, objective, params, state, batch)
@@ -66,7 +80,7 @@ def at_num_steps(objective: Objective, num_steps: tuple[int, ...]) -> Objective:
         ]
         return jax.lax.switch(batch.count % len(num_steps), branches)
 
-    return objective._replace(loss=loss)
+    return objective._replace(init=init, loss=loss)
 
 
 def _loss_at(num_steps, objective, params, state, batch: Batch):

@@ -24,7 +24,11 @@ import numpy as np
 
 from diffsamp._distributions import standard_normal
 from diffsamp.objectives.common import keep_state, row_mean
-from diffsamp.objectives.teachers import check_pair, check_teacher
+from diffsamp.objectives.teachers import (
+    check_boundary,
+    check_pair,
+    check_teacher,
+)
 from diffsamp.sampler import Sampler
 from diffsamp.types import Cost, Objective, Params, Requirements
 
@@ -41,9 +45,12 @@ def consistency_distillation(
             those of the teacher's.
 
     Raises:
-        ValueError: when the teacher has no flow, is untrained, or has fewer than
-            ``num_times - 1`` steps; at the start of training when the student is no
-            `samplers.cdds` or has another dimension, reference or noise schedule.
+        ValueError: when the teacher has no flow, is untrained (as far as that can be
+            told: not where all of its initial parameters are random, or none is), has
+            other parameters than these, or fewer than ``num_times - 1`` steps; at the
+            start of training when the student is no `samplers.cdds`, its network is not
+            the identity at t = 1, or it has another dimension, size of conditions,
+            reference or noise schedule.
 
     Example:
         >>> import jax, diffsamp as ds
@@ -67,6 +74,7 @@ def consistency_distillation(
         del key, params, energy, pilot
         sampler.check_predicts_end()
         check_pair(teacher, sampler)
+        check_boundary(sampler)
         return {}, jax.tree.map(jnp.asarray, teacher_params)
 
     def loss(params, teacher_params, batch):

@@ -33,7 +33,11 @@ import numpy as np
 
 from diffsamp._distributions import standard_normal
 from diffsamp.objectives.common import keep_state, row_mean
-from diffsamp.objectives.teachers import check_pair, check_teacher
+from diffsamp.objectives.teachers import (
+    check_boundary,
+    check_pair,
+    check_teacher,
+)
 from diffsamp.sampler import Sampler
 from diffsamp.types import Cost, Objective, Params, Requirements
 
@@ -51,9 +55,12 @@ def continuous_consistency(
         damping: c, in deviations of the reference per unit of time.
 
     Raises:
-        ValueError: when damping is not positive, or the teacher has no flow or is
-            untrained; at the start of training when the student is no `samplers.cdds`
-            or has another dimension, reference or noise schedule.
+        ValueError: when damping is not positive, or the teacher has no flow, other
+            parameters than these or is untrained (as far as that can be told: not where
+            all of its initial parameters are random, or none is); at the start of
+            training when the student is no `samplers.cdds`, its network is not the
+            identity at t = 1, or it has another dimension, size of conditions,
+            reference or noise schedule.
 
     Example:
         >>> import jax, diffsamp as ds
@@ -74,6 +81,7 @@ def continuous_consistency(
         del key, params, energy, pilot
         sampler.check_predicts_end()
         check_pair(teacher, sampler)
+        check_boundary(sampler)
         return {}, jax.tree.map(jnp.asarray, teacher_params)
 
     def loss(params, teacher_params, batch):

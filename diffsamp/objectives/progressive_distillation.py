@@ -33,9 +33,12 @@ def progressive_distillation(teacher: Sampler, teacher_params: Params) -> Object
         teacher_params: its parameters, ``fit.params``.
 
     Raises:
-        ValueError: when the teacher has no flow or is untrained; at the start of
-            training when the student has no flow or another dimension, reference or
-            noise schedule, or its times are not every m-th time of the teacher's.
+        ValueError: when the teacher has no flow, other parameters than these or is
+            untrained (as far as that can be told: not where all of its initial
+            parameters are random, or none is); at the start of training when the
+            student has no flow or another dimension, size of conditions, reference,
+            noise schedule or kind of process, or its times are not every m-th time of
+            the teacher's.
 
     Example:
         >>> import jax, diffsamp as ds

@@ -44,11 +44,20 @@ class Pairs(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
+class Uniform:
+    """Every length of the long step as often as any other."""
+
+    def __call__(self, num_levels: int, count: Array) -> Array:
+        del count
+        return jnp.zeros(num_levels)
+
+
+@dataclasses.dataclass(frozen=True)
 class Biased:
     """Probability proportional to ``exp(-rate k)`` for a long step of 2^k steps.
 
     Attributes:
-        rate: 0 is the uniform law; 1.5 the paper's, which favours short steps.
+        rate: 1.5 is the paper's, which favours short steps; 0 the uniform law.
     """
 
     rate: float = 1.5
@@ -77,7 +86,7 @@ class Curriculum:
         return jnp.where(jnp.arange(1, num_levels + 1) <= longest, 0.0, -jnp.inf)
 
 
-_UNIFORM = Biased(0.0)
+_UNIFORM = Uniform()
 
 
 @functools.cache
@@ -87,8 +96,8 @@ def self_consistency(
     """Squared distance between one long step of the flow and two of half its length.
 
     Args:
-        pairs: law of the length of the long step: `Biased`, `Curriculum` or any
-            hashable function like them.
+        pairs: law of the length of the long step: `Uniform`, `Biased`, `Curriculum` or
+            any hashable function like them.
         ema_decay: decay of an exponential moving average of the parameters that takes
             the two short steps; None for the current ones.
 

@@ -6,50 +6,87 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffsamp.networks import Context, LinenControl
 from diffsamp.sampler import Sampler
 from diffsamp.types import Params
 
+_LEARNED = ("generation", "backbone")  # what the flow depends on
+
 
 def check_teacher(teacher: Sampler, params: Params) -> None:
-    """Raises where a sampler cannot teach: it has no flow, or was never trained."""
+    """Raises where a sampler cannot teach: it has no flow, or was never trained.
+
+    Initial parameters are partly drawn and partly given: biases are zero, and so are
+    last layers that start at zero. Training moves them, so that a sampler is untrained
+    if every given one is where it starts. Where all are drawn, or all are given, as of
+    a function that returns its fitted parameters, nobody can tell, and it may teach.
+    """
     teacher.check_flow()
-    control = teacher.generation
-    control = getattr(control, "network", control)  # of a `ReducedPrecision`
-    if not isinstance(control, LinenControl) or teacher.backbone is not None:
-        return
-    # The last layer starts at zero: without training the draw of the rest of the
-    # parameters makes no difference.
-    fresh = teacher.init(jax.random.key(0))["generation"]
-    points = jax.random.normal(jax.random.key(1), (16, teacher.dim))
-    times = jnp.linspace(0.1, 0.9, 16)
-    condition = jnp.zeros((teacher.condition_dim,)) if teacher.condition_dim else None
-    context = Context(
-        score=jnp.zeros((teacher.dim if control.needs_score else 0,)),
-        gain=jnp.ones(()),
-        condition=condition,
-        step_size=jnp.ones(()),
-    )
-
-    @jax.jit
-    def outputs(params):
-        return jax.vmap(lambda x, t: control(params, x, t, context))(points, times)
-
-    if np.allclose(outputs(params["generation"]), outputs(fresh), atol=1e-7):
+    teacher.check_params(params)
+    draws = [teacher.init(jax.random.key(seed)) for seed in range(2)]
+    rows = zip(*(_leaves(p) for p in (params, *draws)), strict=True)
+    given, drawn = [], False
+    for now, first, second in rows:
+        if np.array_equal(first, second):
+            given.append(np.allclose(now, first, rtol=1e-6, atol=0))
+        else:
+            drawn = True
+    if drawn and given and all(given):
         raise ValueError(
-            "the teacher's control is that of an untrained sampler; train it first and "
-            "give fit.params"
+            "the teacher's parameters are those of an untrained sampler: none that "
+            "starts from a given value has moved; train it first and give fit.params"
         )
 
 
+def _leaves(params):
+    parts = {name: params[name] for name in _LEARNED if name in params}
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(parts)]
+
+
 def check_pair(teacher: Sampler, student: Sampler) -> None:
-    """Raises where teacher and student differ in more than their networks."""
-    same = ("dim", "loc", "scale", "condition_dim")
+    """Raises where teacher and student differ in more than their networks.
+
+    Students that take steps of a flow have the teacher's process; those that predict
+    its end (`samplers.cdds`) one of the same noise schedule.
+    """
+    same = ("dim", "condition_dim", "loc", "scale")
     pairs = [(name, getattr(teacher, name), getattr(student, name)) for name in same]
     schedules = [getattr(s.process, "schedule", None) for s in (teacher, student)]
-    for name, of_teacher, of_student in [*pairs, ("schedule", *schedules)]:
+    pairs.append(("schedule", *schedules))
+    if student.process.has_flow:
+        kinds = (type(s.process).__name__ for s in (teacher, student))
+        pairs.append(("kind of process", *kinds))
+    for name, of_teacher, of_student in pairs:
         if of_teacher != of_student:
             raise ValueError(
                 f"teacher and student must have the same {name}, got {of_teacher!r} "
                 f"and {of_student!r}"
             )
+
+
+def check_boundary(student: Sampler) -> None:
+    """Raises where a student's prediction of the end is not the identity at the end.
+
+    Such a function is consistent, with a loss of zero, if it always says the same.
+    Asked of initial parameters, and of others, since it has to hold for all.
+    """
+    with jax.ensure_compile_time_eval():  # also where only shapes are asked for
+        params = student.init(jax.random.key(0))
+        x = student.original(jnp.linspace(-1.0, 1.0, student.dim + 1)[1:])
+        condition = None
+        if student.condition_dim:
+            condition = jnp.zeros((student.condition_dim,), x.dtype)
+        for moved in (params, jax.tree.map(_elsewhere, params)):
+            end = student.predicted_end(moved, jnp.ones((), x.dtype), x, condition)
+            y, y_end = (np.asarray(student.unit(v)) for v in (x, end))
+            if not np.allclose(y, y_end, atol=1e-4):
+                raise ValueError(
+                    "the student's network must predict x itself at t = 1, where the "
+                    f"path ends; at {y} (unit coordinates) it predicts {y_end}. A "
+                    "consistency loss can be zero for no reason without it: use "
+                    "ds.networks.consistency, or ((1 - t) F(x, t) + t x) with your F"
+                )
+
+
+def _elsewhere(leaf):
+    leaf = jnp.asarray(leaf)
+    return leaf + 0.1 if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf

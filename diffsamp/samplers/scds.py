@@ -94,13 +94,14 @@ def scds(
         generation_bounds: how far the generation kernel may leave the reference's.
         destruction_bounds: the same of the destruction kernel.
         finest: number of steps F of the training grid, where that is not ``num_steps``.
-            Every step count has to divide it.
+            Every step count has to divide it. With F = 1 nothing but the drift is
+            learned, and no kernel may be.
         process: ``(schedule, time_grid) -> Process``: the steps are exponential, or
             with `processes.EulerVariancePreserving` those of the paper.
         condition_dim: size of the condition of a conditional energy.
 
     Raises:
-        ValueError: see `Sampler`.
+        ValueError: see `Sampler`; when a kernel is to be learned with F = 1.
 
     Example:
         >>> import jax, diffsamp as ds
@@ -130,5 +131,11 @@ def scds(
         condition_dim=condition_dim,
         process=process,
     )
-    finest = finest or (num_steps if num_steps > 1 else None)
+    finest = num_steps if finest is None else finest
+    if finest == 1 and learn_generation_variance:
+        raise ValueError(
+            "with finest=1 there is only the training grid, on which the generation "
+            "variance is not learned; give the number of steps of a finer one, "
+            "finest=128 for one, or leave out learn_generation_variance"
+        )
     return dataclasses.replace(sampler, finest=finest)
