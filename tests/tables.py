@@ -50,6 +50,12 @@ SAMPLERS = {
         destruction_network=ds.networks.score_guided(**SMALL, learn_variance=True),
         destruction_bounds=ds.Bounds(log_variance=1.0, shift=0.7),
     ),
+    "pis_shared": _sampler(
+        ds.samplers.pis,
+        network=ds.networks.free(**SMALL, learn_variance=True),
+        destruction_network=ds.networks.free(**SMALL, learn_variance=True),
+        backbone=ds.networks.backbone(**SMALL),
+    ),
     "dds_learned": _sampler(
         ds.samplers.dds,
         network=ds.networks.free(**SMALL, learn_variance=True),
@@ -109,6 +115,7 @@ SAMPLERS = {
 LEARNED = [
     "gbs_variance",
     "pis_learned",
+    "pis_shared",
     "dds_learned",
     "dis_shared",
     "scds",

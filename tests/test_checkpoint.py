@@ -28,6 +28,7 @@ from diffsamp import checkpoint
 from diffsamp.checkpoint import MAGIC
 
 DIM, NUM_STEPS, BATCH, TOTAL = 2, 4, 16, 24
+SLOW = pytest.mark.slow
 
 
 def _init(key, dim):
@@ -285,6 +286,41 @@ def test_behaviours_with_buffers_resume_to_the_same_bits(tmp_path):
         stopped.state.behaviour_state[-1].searched.size
     )
     _refused(path, "another configuration", behaviour=another)
+
+
+def _with_state():
+    o, b = ds.objectives, ds.behaviours
+    learned = ds.samplers.dis(
+        DIM, NUM_STEPS, network=CONTROL, destruction_network=CONTROL
+    )
+    trust = {"objective": o.trust_region_log_variance()}
+    pooled = b.smc_seeded(32, every=3, num_mcmc_steps=1, num_runs=2)
+    pooled = b.mixture((b.on_policy(), 0.5), (pooled, 0.5))
+    copy = o.target_copy(o.trajectory_balance(), rate=0.1)
+    return {
+        "trust_region": trust | {"behaviour": b.trust_region(32, every=3)},
+        "smc_pooled": {"behaviour": pooled},
+        "target_copy": {"objective": copy, "sampler": learned},
+    }
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "target_copy",
+        *(pytest.param(n, marks=SLOW) for n in ("trust_region", "smc_pooled")),
+    ],
+)
+def test_what_rounds_and_copies_hold_resumes_to_the_same_bits(tmp_path, name):
+    """Interrupted in the middle of a round, and while the copy lags behind."""
+    options = _with_state()[name] | {"updates_per_chunk": 4}
+    uninterrupted = fit(8, **options)
+    path = tmp_path / "run.ds"
+    stop = {"callback": lambda count, _: count == 4}
+    assert int(fit(8, checkpoint=path, **options, **stop).state.count) == 4
+    resumed = fit(8, checkpoint=path, **options)
+    assert_same(resumed.state, uninterrupted.state)
+    assert_same(resumed.metrics, uninterrupted.metrics)
 
 
 def test_resume_of_a_finished_run_returns_at_once(whole, tmp_path):

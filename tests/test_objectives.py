@@ -334,16 +334,22 @@ def test_pieces_of_a_path_with_the_exact_flow(x64):
         - log_flow[k + 1]
         for k in range(K)
     )
-    parts = [np.mean(0.5 * r**2) for r in (first, second, first + second)]
+    residuals = np.array([first, second, first + second])
     flow = ds.objectives.Flow(network=_ExactFlow())
     offset = jnp.asarray(0.2)
     own = {"flow": {}, "log_z": jnp.asarray((LOG_Z - 0.2) / flow.log_z_scale)}
-    for objective, weights in (
-        (ds.objectives.detailed_balance(flow=flow), [1 / 2, 1 / 2, 0]),
-        (ds.objectives.sub_trajectory_balance(3.0, flow=flow), [0.2, 0.2, 0.6]),
-    ):
-        value, _, _ = quadrature_gradient(objective, ys, own, offset)
-        assert value == pytest.approx(float(np.dot(weights, parts)), rel=1e-9)
+    size = np.abs(residuals)
+    bend = float(np.median(size))
+    linear = np.where(size < bend, size**2 / 2, bend * (size - bend / 2))
+    for huber, parts in ((None, size**2 / 2), (bend, linear)):
+        options = {"flow": flow, "huber": huber}
+        for objective, weights in (
+            (ds.objectives.detailed_balance(**options), [1 / 2, 1 / 2, 0]),
+            (ds.objectives.sub_trajectory_balance(3.0, **options), [0.2, 0.2, 0.6]),
+        ):
+            value, _, _ = quadrature_gradient(objective, ys, own, offset)
+            expected = float(np.dot(weights, np.mean(parts, axis=1)))
+            assert value == pytest.approx(expected, rel=1e-9)
 
 
 @pytest.mark.parametrize("name", mostly_slow(["pis", "dis", "gbs"], "pis"))
@@ -725,10 +731,18 @@ def test_huber_log_variance_is_balance_at_the_best_log_z():
 
 
 @pytest.mark.parametrize("huber", [0.0, -1.0, float("nan")])
-@pytest.mark.parametrize("name", ["log_variance", "trajectory_balance"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "log_variance",
+        "trajectory_balance",
+        "sub_trajectory_balance",
+        "detailed_balance",
+    ],
+)
 def test_bad_huber(name, huber):
     with pytest.raises(ValueError, match="huber must be positive"):
-        OBJECTIVES[name](huber=huber)
+        getattr(ds.objectives, name)(huber=huber)
 
 
 # -- factories, pilots, sums ----------------------------------------------------------

@@ -523,3 +523,27 @@ def test_control_of_wrong_size_is_named(size):
     sampler = ds.samplers.pis(2, 2, network=control)
     with pytest.raises(ValueError, match=r"network must return \[2\]"):
         sampler({"generation": ()}, jax.random.key(0), skewed_energy)
+
+
+@pytest.mark.parametrize(
+    "name",
+    mostly_slow([*"pis dds dis gbs pis_shared dis_shared".split()], "pis_shared"),
+)
+def test_what_is_learned_starts_at_the_reference(x64, name):
+    """Means and variances of both kernels are the fixed ones until trained."""
+    factory = getattr(ds.samplers, name.removesuffix("_shared"))
+    options = {"loc": (0.5, -1.0), "scale": (2.0, 0.7)}
+    learned = {"learn_generation_variance": True, "learn_destruction": True}
+    if name.endswith("_shared"):
+        learned["backbone"] = ds.networks.backbone(width=8)
+        options["network"] = ds.networks.free(8)
+        learned["network"] = ds.networks.free(8, learn_variance=True)
+    fixed, free = factory(2, 3, **options), factory(2, 3, **options | learned)
+    own = fixed.init(jax.random.key(0))
+    path = jax.jit(lambda: fixed.simulate(own, jax.random.key(1), skewed_energy))()
+    same, found = (
+        jax.jit(sampler.score_path)(params, path)
+        for sampler, params in ((fixed, own), (free, free.init(jax.random.key(0))))
+    )
+    np.testing.assert_allclose(found.log_generation, same.log_generation, rtol=1e-9)
+    np.testing.assert_allclose(found.log_destruction, same.log_destruction, rtol=1e-9)
