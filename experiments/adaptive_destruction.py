@@ -88,6 +88,10 @@ class Setting:
     learning_rate: float = 2e-3
 
 
+BY_COORDINATES = {
+    "coordinatewise": {},
+    "coordinatewise, reverse KL weighs 0.1": {"reverse_weight": 0.1},
+}
 ABLATION = {
     "default": {},
     "shared backbone": {"shared_backbone": True},
@@ -274,12 +278,12 @@ def grid(args):
 
 
 def coordinatewise(args):
-    setting = Setting(coordinatewise=True)
     cells = [
-        (problem, *compared, "coordinatewise", setting)
+        (problem, *compared, name, Setting(coordinatewise=True, **change))
+        for name, change in BY_COORDINATES.items()
         for problem in PROBLEMS
         for compared in COMPARED
-        if problem.target in args.targets
+        if problem.target in args.targets and name in args.settings
     ]
     run(cells, args)
 
@@ -344,7 +348,7 @@ COLUMNS = (
 def table(args):
     rows, heads = rows_of(args.files), [column[0] for column in COLUMNS]
     lines, ablations = [], []
-    for name in ("grid", "coordinatewise"):
+    for name in ("grid", *BY_COORDINATES):
         body = []
         for target, *rest in itertools.product(TARGETS, STEPS, KERNELS):
             own = [r for r in rows if _cell_of(r) == (name, target, *rest)]
@@ -455,9 +459,10 @@ def main():
             runner.add_argument(
                 "--num-steps", type=int, nargs="+", choices=STEPS, default=steps
             )
-        if name == "ablation":
+        if name != "grid":
+            settings = list(ABLATION if name == "ablation" else BY_COORDINATES)
             runner.add_argument(
-                "--settings", nargs="+", choices=ABLATION, default=list(ABLATION)
+                "--settings", nargs="+", choices=settings, default=settings
             )
         runner.add_argument("--batch-size", type=int, default=256)
         runner.add_argument("--seconds", type=float, default=60.0)

@@ -398,7 +398,7 @@ def test_the_grid_goes_on_where_it_stopped(tmp_path, arguments, monkeypatch):
     arguments("coordinatewise", "--seeds", 7, "--out", out)
     script.main()
     compared = [(t, *c, 7) for t in script.MANY_WELLS for c in script.COMPARED]
-    assert ran[7:] == compared
+    assert ran[7:] == compared * len(script.BY_COORDINATES)
 
 
 def test_table_of_exploration(tmp_path, arguments, capsys):
@@ -474,7 +474,10 @@ def test_methods_of_exploration_fit_their_objectives():
 def test_settings_of_the_grid_make_what_they_say(kernels):
     script = _script("adaptive_destruction")
     problem = script.PROBLEMS[0]
-    for change in (*script.ABLATION.values(), {"coordinatewise": True}):
+    by_coordinates = [
+        {"coordinatewise": True, **change} for change in script.BY_COORDINATES.values()
+    ]
+    for change in (*script.ABLATION.values(), *by_coordinates):
         setting = script.Setting(**change)
         sampler = script.make_sampler(problem, 2, 5, kernels, setting)
         assert (sampler.destruction is not None) == (kernels == "both")
