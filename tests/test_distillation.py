@@ -15,7 +15,7 @@ from gaussian_flow import (
     score_control,
     step_control,
 )
-from tables import SMALL, batch_of_paths, counting_energy, skewed_energy
+from tables import LOG_Z, SMALL, batch_of_paths, counting_energy, skewed_energy
 
 import diffsamp as ds
 
@@ -193,6 +193,62 @@ def test_one_call_arrives_where_the_teacher_does(name):
         ends = go(fit.params, jnp.zeros(()), x)
     error = np.sqrt(np.mean((student.unit(ends) - student.unit(of_teacher)) ** 2))
     assert error < 0.08
+
+
+@pytest.mark.slow
+@pytest.mark.relaxed("dtypes")
+def test_weights_of_a_trained_student_are_honest():
+    """One step, with its noise and its way back learned, briefly."""
+    mean = jnp.array(LOC) + jnp.array(SCALE) * MEAN
+    sd = jnp.array(SCALE) * SD
+
+    def energy(x):
+        z = (x - mean) / sd
+        return 0.5 * jnp.sum(z**2) + jnp.sum(jnp.log(sd)) + jnp.log(2 * jnp.pi) - LOG_Z
+
+    o = ds.objectives
+    teacher = teacher_of(score_control(SCHEDULE), 16)
+    student = ds.samplers.cdds(
+        2,
+        1,
+        **PROCESS,
+        smallest_std=0.3,
+        network=ds.networks.consistency(16, learn_variance=True),
+        destruction_network=ds.networks.free(
+            16, learn_variance=True, step_conditioned=True
+        ),
+    )
+    draws = mean[None] + sd[None] * jax.random.normal(KEY, (2_000, 2))
+    fit = ds.fit(
+        KEY,
+        student,
+        o.weighted_sum(
+            (consistency(teacher), 1.0),
+            (o.reverse_kl_log_derivative(), 1.0),
+            (o.forward_kl_log_derivative(), 1.0),
+        ),
+        energy,
+        behaviour=ds.behaviours.mixture(
+            (ds.behaviours.on_policy(), 0.5),
+            (ds.behaviours.reference_draws(draws), 0.5),
+        ),
+        optimizer=optax.adam(3e-3),
+        num_updates=400,
+        batch_size=128,
+        progress_bar=False,
+    )
+    found = ds.draw(KEY, student, fit.params, energy, 20_000)
+    before = ds.draw(KEY, student, student.init(KEY), energy, 20_000)
+    log_weight = np.asarray(found.log_weight, np.float64)
+    assert found.diagnostics.ess_fraction > 3 * before.diagnostics.ess_fraction
+    assert found.diagnostics.ess_fraction > 0.05
+    assert found.diagnostics.pareto_k < 0.5
+    ratio = np.exp(log_weight - LOG_Z)
+    error = ratio.std() / np.sqrt(ratio.size)
+    assert error < 0.02
+    assert abs(ratio.mean() - 1) < 4 * error
+    back = ds.log_weights_of(KEY, student, fit.params, energy, draws)
+    assert np.mean(log_weight) < LOG_Z < np.mean(back)
 
 
 def exact_flow(ys):
