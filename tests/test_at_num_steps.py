@@ -5,7 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from tables import SMALL, batch_of_paths, counting_energy, perturbed, skewed_energy
+from tables import (
+    LOG_Z,
+    SMALL,
+    batch_of_paths,
+    counting_energy,
+    perturbed,
+    skewed_energy,
+)
 
 import diffsamp as ds
 from diffsamp.objectives import at_num_steps, log_variance, trajectory_balance
@@ -51,6 +58,54 @@ def test_each_count_has_its_turn_and_its_own_weights():
     assert [b.sampler.num_steps for b in seen] == [1, 4]
     assert [b.trajectories.log_generation.shape for b in seen] == [(8, 1), (8, 4)]
     assert all(b.rollouts is None for b in seen)
+
+
+@pytest.mark.slow
+@pytest.mark.relaxed("dtypes")
+@pytest.mark.parametrize("name", ["balance", "variance"])
+def test_any_step_training_keeps_the_weights_honest(x64, name):
+    """Both kernels learned; then, by quadrature over all paths of one step, Z."""
+    tied = ds.networks.free(**SMALL, step_conditioned=True, flow_tied=True)
+    sampler = ds.samplers.scds(
+        1, 4, loc=0.2, scale=1.3, network=tied, destruction_network=FREE
+    )
+    few = {"balance": trajectory_balance, "variance": log_variance}[name]()
+    start = perturbed(sampler.init(KEY), 0.2)
+    fit = ds.fit(
+        KEY,
+        sampler,
+        ds.objectives.weighted_sum(
+            (log_variance(), 1.0),
+            (at_num_steps(few, (1, 2, 4)), 1.0),
+            (ds.objectives.self_consistency(), 1.0),
+        ),
+        skewed_energy,
+        optimizer=optax.adam(1e-2),
+        params=start,
+        num_updates=6,
+        batch_size=8,
+        ema_decay=None,
+        progress_bar=False,
+    )
+    assert int(fit.state.num_skipped) == 0
+    for member in range(3):
+        assert np.all(np.isfinite(fit.metrics[f"loss_{member}"]))
+    for kernel in ("generation", "destruction"):
+        for a, b in zip(
+            *(jax.tree.leaves(p[kernel]) for p in (fit.params, start)), strict=True
+        ):
+            assert np.max(np.abs(a - b)) > 1e-3
+    points = np.linspace(-12, 12, 401)
+    xs = jnp.asarray(np.stack(np.meshgrid(points, points), -1).reshape(-1, 2, 1))
+    one = sampler.with_num_steps(1)
+
+    @jax.jit
+    def integral(params):
+        path = jax.vmap(lambda xs: one.score(params, xs, skewed_energy))(xs)
+        weighted = path.log_prior + path.log_generation[:, 0] + path.log_weight
+        return jnp.sum(jnp.exp(weighted)) * (points[1] - points[0]) ** 2
+
+    assert float(integral(fit.params)) == pytest.approx(np.exp(LOG_Z), rel=1e-6)
 
 
 @pytest.mark.slow
