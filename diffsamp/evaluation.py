@@ -123,8 +123,8 @@ def evaluate(
         out["missing_mass"] = report.missing_mass
         out["coverage_tolerance"] = report.coverage_tolerance
     if weighted:
-        lower = evidence.elbo(draws.log_weight)
-        out["elbo"], out["elbo_standard_error"] = lower
+        assert draws.log_weight is not None
+        out["elbo"], out["elbo_standard_error"] = evidence.elbo(draws.log_weight)
         out["log_z"] = draws.log_evidence.estimate
         out["log_z_standard_error"] = draws.log_evidence.standard_error
         smoothed = draws.smoothed_log_weight

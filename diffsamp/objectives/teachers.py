@@ -50,11 +50,11 @@ def check_pair(teacher: Sampler, student: Sampler) -> None:
     """
     same = ("dim", "condition_dim", "loc", "scale")
     pairs = [(name, getattr(teacher, name), getattr(student, name)) for name in same]
-    schedules = [getattr(s.process, "schedule", None) for s in (teacher, student)]
-    pairs.append(("schedule", *schedules))
-    if student.process.has_flow:
-        kinds = (type(s.process).__name__ for s in (teacher, student))
-        pairs.append(("kind of process", *kinds))
+    a, b = teacher.process, student.process
+    of_a, of_b = (getattr(process, "schedule", None) for process in (a, b))
+    pairs.append(("schedule", of_a, of_b))
+    if b.has_flow:
+        pairs.append(("kind of process", type(a).__name__, type(b).__name__))
     for name, of_teacher, of_student in pairs:
         if of_teacher != of_student:
             raise ValueError(
