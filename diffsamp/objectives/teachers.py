@@ -50,11 +50,11 @@ def check_pair(teacher: Sampler, student: Sampler) -> None:
     """
     same = ("dim", "condition_dim", "loc", "scale")
     pairs = [(name, getattr(teacher, name), getattr(student, name)) for name in same]
-    schedules = [getattr(s.process, "schedule", None) for s in (teacher, student)]
-    pairs.append(("schedule", *schedules))
+    schedule, other = (getattr(s.process, "schedule", None) for s in (teacher, student))
+    pairs.append(("schedule", schedule, other))
     if student.process.has_flow:
-        kinds = (type(s.process).__name__ for s in (teacher, student))
-        pairs.append(("kind of process", *kinds))
+        kind, other = (type(s.process).__name__ for s in (teacher, student))
+        pairs.append(("kind of process", kind, other))
     for name, of_teacher, of_student in pairs:
         if of_teacher != of_student:
             raise ValueError(
