@@ -394,7 +394,7 @@ def claim(rows, name):
         verdict = "yes" if gaps[1] < gaps[0] and no_worse else "no"
         body.append([problem.target, *cells, verdict])
     heads = ["gap, 20 fixed", "gap, 5 both", "mode error, 20", "5"]
-    return markdown(["target", *heads, "holds"], body)
+    return markdown(["target", *heads, "holds"], body) if body else []
 
 
 def _cell_of(row):
