@@ -66,6 +66,7 @@ def _mixture(*members: tuple[Behaviour, float]) -> Behaviour:
             [cost for _, cost in pairs]
         )
 
+    begun = tuple((b.begun, share) for b, share in members)
     provides = Provides(
         simulated=any(b.provides.simulated for b in behaviours),
         on_policy=any(b.provides.on_policy for b in behaviours),
@@ -73,9 +74,8 @@ def _mixture(*members: tuple[Behaviour, float]) -> Behaviour:
         target_draws=any(b.provides.target_draws for b in behaviours),
         conditions=all(b.provides.conditions for b in behaviours),
         anchor=any(b.provides.anchor for b in behaviours),
-        stored_rows=_StoredRows(members),
+        stored_rows=_StoredRows(begun),
     )
-    begun = tuple((b.begun, share) for b, share in members)
     functions = [_Of(f, begun) for f in (_propose, _update, _metrics)]
     return Behaviour(init, functions[0], functions[1], provides, functions[2])
 
