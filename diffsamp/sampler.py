@@ -609,10 +609,8 @@ class Sampler:
 
         One evaluation of the energy gradient, as a constant unless told otherwise.
         """
-        bound, y = self._bind(energy, condition), self.unit(x)
-        if not self.needs_score:
-            return _nothing(y.dtype)[1]
-        return self._score_at(bound, y, constant)[1]
+        bound = self._bind(energy, condition)
+        return self._value_and_score(bound, self.unit(x), constant)[1]
 
     def score_path(
         self, params: Params, path: Path, condition: Array | None = None
@@ -956,11 +954,13 @@ class Sampler:
         check_energy(bound, self.dim, self._dtype)
         return lambda x: jnp.asarray(bound(x), self._dtype)
 
-    def _value_and_score(self, energy: Energy, y: Array):
-        return self._score_at(energy, y) if self.needs_score else _nothing(y.dtype)
+    def _value_and_score(self, energy: Energy, y: Array, constant: bool = True):
+        if not self.needs_score:
+            return _nothing(y.dtype)
+        return self._score_at(energy, y, constant)
 
     def _score_at(self, energy: Energy, y: Array, constant: bool = True):
-        """Energy, and minus its gradient in unit coordinates, as constants."""
+        """Energy, and minus its gradient in unit coordinates; constants by default."""
         x = self.original(y)
         x = jax.lax.stop_gradient(x) if constant else x
         value, gradient = jax.value_and_grad(energy)(x)

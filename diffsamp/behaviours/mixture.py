@@ -74,7 +74,7 @@ def _mixture(*members: tuple[Behaviour, float]) -> Behaviour:
         target_draws=any(b.provides.target_draws for b in behaviours),
         conditions=all(b.provides.conditions for b in behaviours),
         anchor=any(b.provides.anchor for b in behaviours),
-        stored_rows=_StoredRows(begun),
+        stored_rows=_Of(_stored_rows, begun),
     )
     functions = [_Of(f, begun) for f in (_propose, _update, _metrics)]
     return Behaviour(init, functions[0], functions[1], provides, functions[2])
@@ -90,15 +90,12 @@ class _Of(NamedTuple):
         return self.function(self.members, *args)
 
 
-class _StoredRows(NamedTuple):
-    """`Provides.stored_rows` of a mixture."""
-
-    members: tuple[tuple[Behaviour, float], ...]
-
-    def __call__(self, batch_size: int) -> int:
-        sizes = np.diff(_ends(self.members, batch_size), prepend=0)
-        rows = (b.provides.stored_rows for b, _ in self.members)
-        return sum(of(int(size)) for of, size in zip(rows, sizes, strict=True))
+def _stored_rows(members, batch_size):
+    sizes = np.diff(_ends(members, batch_size), prepend=0)
+    return sum(
+        b.provides.stored_rows(int(size))
+        for (b, _), size in zip(members, sizes, strict=True)
+    )
 
 
 def _propose(members, states, key, sampler, params, energy, request, count):
