@@ -298,10 +298,10 @@ def sd_error(modes, x, exact, least=0.02):
     worst = 0.0
     for mode in np.flatnonzero(np.asarray(modes.weights) >= least):
         inside = x[of_draws == mode]
-        if len(inside) < 50:
-            return 1.0
-        ratio = np.std(inside, axis=0) / np.std(exact[of_exact == mode], axis=0)
-        worst = max(worst, float(np.abs(ratio - 1).max()))
+        ratio = 0.0
+        if len(inside) >= 50:
+            ratio = np.std(inside, axis=0) / np.std(exact[of_exact == mode], axis=0)
+        worst = max(worst, float(np.max(np.abs(ratio - 1))))
     return worst
 
 

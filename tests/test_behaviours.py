@@ -511,6 +511,7 @@ def test_mixture_keeps_its_shares():
     assert np.all(proposal.target_draws[12:])
     provides = mixture.provides
     assert provides[:-1] == (True, True, False, True, False, False)
+    assert provides.stored_rows(16) == 0
     assert not np.any(proposal.paths.xs[:4] == proposal.paths.xs[8:12])
 
 
