@@ -1,15 +1,17 @@
 """Many draws in compiled calls of fixed shape.
 
-Draw number i depends on ``fold_in(key, i)`` alone and is computed in blocks of `BLOCK`
-rows, whatever the batch size: matrix products over another number of rows may round
-differently, and draws should not depend on chunking. One program serves any number of
-draws.
+Draw number i depends on ``fold_in(key, i)`` alone. On CPUs it is computed in blocks of
+`BLOCK` rows, whatever the batch size: matrix products over another number of rows may
+round differently, and draws should not depend on chunking. Other devices would be idle
+with so few rows: there a block is all that a device has of a batch, and draws of other
+batch sizes are the same but for rounding. One program serves any number of draws of a
+batch size.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +26,18 @@ from diffsamp.types import Array, Energy, Key, Params
 
 BLOCK = 256
 BATCH = 1024
+LARGE_BATCH = 16_384  # of many draws, where a device is no CPU
+
+
+class _Blocks(NamedTuple):
+    """What one compiled call computes: so many blocks of so many rows."""
+
+    number: int
+    num_rows: int
+
+    @property
+    def total(self) -> int:
+        return self.number * self.num_rows
 
 
 def draw_final(
@@ -32,18 +46,17 @@ def draw_final(
     params: Params,
     energy: Energy,
     num_draws: int,
-    batch_size: int = BATCH,
+    batch_size: int | None = None,
     condition: Array | None = None,
     mesh: Mesh | None = None,
 ) -> Final:
     """Last states, weights and energies of ``num_draws`` paths, on the host."""
-    num_blocks = _num_blocks(batch_size, mesh)
-    size = num_blocks * BLOCK
-    parts = []
+    blocks = _blocks(batch_size, num_draws, mesh)
+    size, parts = blocks.total, []
     given = params, key, as_energy(energy), _repeated(condition, size)
     given = meshes.put_everywhere(mesh, given)
     for start in range(0, num_draws, size):
-        part = _draw_blocks(sampler, num_blocks, mesh, np.int32(start), *given)
+        part = _draw_blocks(sampler, blocks, mesh, np.int32(start), *given)
         keep = min(size, num_draws - start)
         parts.append(jax.tree.map(lambda a, n=keep: np.asarray(a)[:n], part))
     return jax.tree.map(lambda *a: np.concatenate(a), *parts)
@@ -60,9 +73,9 @@ def pilot(
 
     ``conditions`` are one per draw, [BATCH, C], where the sampler has any.
     """
-    start, num_blocks = np.int32(0), BATCH // BLOCK
     given = params, key, as_energy(energy), conditions
-    return _draw_blocks(sampler, num_blocks, None, start, *given)
+    blocks = _blocks(BATCH, BATCH, None)
+    return _draw_blocks(sampler, blocks, None, np.int32(0), *given)
 
 
 def trace_back_log_weights(
@@ -71,53 +84,51 @@ def trace_back_log_weights(
     params: Params,
     energy: Energy,
     x: Array,
-    batch_size: int = BATCH,
+    batch_size: int | None = None,
     condition: Array | None = None,
     mesh: Mesh | None = None,
 ) -> np.ndarray:
     """Log-weights of paths traced back from points x [M, D], on the host."""
-    num_blocks = _num_blocks(batch_size, mesh)
-    size = num_blocks * BLOCK
-    parts = []
+    blocks = _blocks(batch_size, len(x), mesh)
+    size, parts = blocks.total, []
     given = params, key, as_energy(energy), _repeated(condition, size)
     given = meshes.put_everywhere(mesh, given)
     for start in range(0, x.shape[0], size):
         points = x[start : start + size]
         padding = jnp.broadcast_to(points[:1], (size - len(points), x.shape[1]))
         filled = meshes.put_everywhere(mesh, jnp.concatenate([points, padding]))
-        values = _trace_blocks(
-            sampler, num_blocks, mesh, np.int32(start), *given, filled
-        )
+        first = np.int32(start)
+        values = _trace_blocks(sampler, blocks, mesh, first, *given, filled)
         parts.append(np.asarray(values)[: len(points)])
     return np.concatenate(parts)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _draw_blocks(sampler, num_blocks, mesh, start, params, key, energy, conditions):
+def _draw_blocks(sampler, blocks, mesh, start, params, key, energy, conditions):
     def block(shared, inputs):
         params, key, energy, start = shared
         index, rows = inputs
         final = jax.vmap(sampler.final, in_axes=(None, 0, None, 0))
-        return final(params, _keys(key, start, index), energy, rows)
+        return final(params, _keys(key, start, index, blocks), energy, rows)
 
     shared = params, key, energy, start
-    return _over_blocks(block, num_blocks, mesh, shared, conditions)
+    return _over_blocks(block, blocks, mesh, shared, conditions)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _trace_blocks(sampler, num_blocks, mesh, start, params, key, energy, conditions, x):
+def _trace_blocks(sampler, blocks, mesh, start, params, key, energy, conditions, x):
     def block(shared, inputs):
         params, key, energy, start = shared
         index, (points, rows) = inputs
-        keys = _keys(key, start, index)
+        keys = _keys(key, start, index, blocks)
         trace = jax.vmap(sampler.trace_back, in_axes=(None, 0, 0, None, 0))
         return trace(params, keys, points, energy, rows).log_weight
 
     shared = params, key, energy, start
-    return _over_blocks(block, num_blocks, mesh, shared, (x, conditions))
+    return _over_blocks(block, blocks, mesh, shared, (x, conditions))
 
 
-def _over_blocks(block, num_blocks, mesh, shared, of_rows):
+def _over_blocks(block, blocks, mesh, shared, of_rows):
     """One block after the other, and the devices of a mesh side by side."""
 
     def run(shared, inputs):
@@ -125,14 +136,22 @@ def _over_blocks(block, num_blocks, mesh, shared, of_rows):
 
     if mesh is not None:
         run = meshes.by_device(mesh, run, whole=1, spread=1)
-    blocks = jnp.arange(num_blocks), _in_blocks(of_rows, num_blocks)
-    return meshes.everywhere(mesh, _flat(run(shared, blocks)))
+    inputs = jnp.arange(blocks.number), _in_blocks(of_rows, blocks)
+    return meshes.everywhere(mesh, _flat(run(shared, inputs)))
 
 
-def _num_blocks(batch_size: int, mesh: Mesh | None) -> int:
-    """As many as the batch needs, and as many for each device as for the others."""
+def _blocks(batch_size: int | None, num_draws: int, mesh: Mesh | None) -> _Blocks:
+    """As many rows as the batch needs, and as many for each device as for the others.
+
+    On CPUs in blocks of a fixed size, elsewhere in one for each device.
+    """
     num_devices = 1 if mesh is None else mesh.size
-    return -(-batch_size // (BLOCK * num_devices)) * num_devices
+    if batch_size is None:
+        many = num_draws > BATCH and not meshes.on_cpu()
+        batch_size = LARGE_BATCH if many else BATCH
+    if not meshes.on_cpu():
+        return _Blocks(num_devices, -(-batch_size // num_devices))
+    return _Blocks(-(-batch_size // (BLOCK * num_devices)) * num_devices, BLOCK)
 
 
 def _repeated(condition, size):
@@ -141,12 +160,12 @@ def _repeated(condition, size):
     return jnp.broadcast_to(condition, (size, *condition.shape))
 
 
-def _in_blocks(tree: Any, num_blocks: int) -> Any:
-    return jax.tree.map(lambda a: a.reshape(num_blocks, BLOCK, *a.shape[1:]), tree)
+def _in_blocks(tree: Any, blocks: _Blocks) -> Any:
+    return jax.tree.map(lambda a: a.reshape(*blocks, *a.shape[1:]), tree)
 
 
-def _keys(key, start, index):
-    number = start + index * BLOCK + jnp.arange(BLOCK)
+def _keys(key, start, index, blocks):
+    number = start + index * blocks.num_rows + jnp.arange(blocks.num_rows)
     return jax.vmap(lambda i: jax.random.fold_in(key, i))(number)
 
 

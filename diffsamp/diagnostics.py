@@ -687,11 +687,11 @@ def _pareto_smooth(log_weight: Any, xp: Any) -> PSIS:
     x = xp.where(usable, log_weight - xp.where(usable, top, 0.0), 0.0)
 
     size = math.ceil(min(num_draws / 5, 3 * math.sqrt(num_draws)))
-    order = xp.argsort(x)
-    ascending = x[order]
+    order = xp.argpartition(x, num_draws - size - 1)[num_draws - size - 1 :]
     smallest = math.log(float(np.finfo(dtype).tiny))
-    cutoff = xp.maximum(ascending[num_draws - size - 1], smallest)
-    tail = ascending[num_draws - size :]
+    cutoff = xp.maximum(x[order[0]], smallest)
+    order = order[1:][xp.argsort(x[order[1:]])]
+    tail = x[order]
     # Exceedances in units of the largest; zero where not above the cutoff, which adds
     # nothing to the sums of the fit.
     exceedance = xp.expm1(xp.maximum(tail - cutoff, 0.0))
@@ -714,14 +714,21 @@ def _pareto_smooth(log_weight: Any, xp: Any) -> PSIS:
     quantile = xp.where(tiny, log_survival, xp.expm1(safe_k * log_survival) / safe_k)
     smoothed = xp.minimum(cutoff + xp.log1p(unit * scale * quantile), 0.0)
     smoothed = xp.where(fitted & (tail > cutoff), smoothed, tail)
-    ascending = xp.concatenate([ascending[: num_draws - size], smoothed])
     reported = xp.where(lowered, 0.5, k)
-    restored = ascending[xp.argsort(order)] + xp.where(usable, top, 0.0)
+    restored = _put(x, order, smoothed, xp) + xp.where(usable, top, 0.0)
     return PSIS(
         log_weight=xp.where(fitted, restored, log_weight),
         pareto_k=xp.where(constant, 0.0, xp.where(fitted, reported, inf)),
         tail_error=xp.where(lowered, held, 0.0),
     )
+
+
+def _put(x: Any, index: Any, values: Any, xp: Any) -> Any:
+    if xp is not np:
+        return x.at[index].set(values)
+    out = x.copy()
+    out[index] = values
+    return out
 
 
 def _fit_generalised_pareto(x: Any, length: Any, xp: Any) -> tuple[Any, Any]:

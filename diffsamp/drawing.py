@@ -91,14 +91,14 @@ def draw(
     *,
     probe: probes.Probe | ArrayLike | None = None,
     condition: ArrayLike | None = None,
-    batch_size: int = batching.BATCH,
+    batch_size: int | None = None,
     mesh: Mesh | None = None,
 ) -> Draws:
     """Draws weighted points and judges them.
 
-    Only last states are kept. Draw number i depends on ``fold_in(key, i)`` alone and is
-    computed in blocks of fixed size, so neither ``batch_size`` nor ``num_draws``
-    changes it.
+    Only last states are kept. Draw number i depends on ``fold_in(key, i)`` alone:
+    neither ``batch_size`` nor ``num_draws`` changes it, on other devices than CPUs but
+    for rounding.
 
     Args:
         key: random key; consumed.
@@ -110,7 +110,8 @@ def draw(
             are draws from the target itself. Without it the best verdict is
             ``reweight (coverage unchecked)``.
         condition: [condition_dim], where the sampler has one.
-        batch_size: draws per compiled call; bounds the memory used.
+        batch_size: draws per compiled call; bounds the memory used. By default 1,024,
+            and for more draws on other devices than CPUs 16,384.
         mesh: devices to spread the draws over; they are the same on any, bit by bit on
             CPUs.
 
@@ -131,7 +132,8 @@ def draw(
         ((100, 2), (100,))
     """
     num_draws = as_count("num_draws", num_draws)
-    batch_size = as_count("batch_size", batch_size)
+    if batch_size is not None:
+        batch_size = as_count("batch_size", batch_size)
     if probe is not None and not sampler.has_weights:
         raise ValueError(
             "a probe compares weights, and these draws have none: "
@@ -195,7 +197,7 @@ def log_weights_of(
     params: Params,
     energy: Energy,
     x: ArrayLike,
-    batch_size: int = batching.BATCH,
+    batch_size: int | None = None,
     *,
     condition: ArrayLike | None = None,
     mesh: Mesh | None = None,
@@ -211,7 +213,7 @@ def log_weights_of(
         params: its parameters.
         energy: maps [D] to [].
         x: points, [M, D].
-        batch_size: paths per compiled call.
+        batch_size: paths per compiled call; by default as in `draw`.
         condition: [condition_dim], where the sampler has one.
         mesh: devices to spread the paths over.
 
@@ -221,7 +223,8 @@ def log_weights_of(
     """
     if not sampler.has_weights:
         raise ValueError(f"no valid weight: {sampler.why_no_weight}")
-    batch_size = as_count("batch_size", batch_size)
+    if batch_size is not None:
+        batch_size = as_count("batch_size", batch_size)
     x = jnp.asarray(x, jax.dtypes.canonicalize_dtype(float))
     if x.ndim != 2 or x.shape[1] != sampler.dim or x.shape[0] == 0:
         raise ValueError(f"x must have shape [M, {sampler.dim}], got {list(x.shape)}")

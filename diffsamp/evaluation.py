@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from diffsamp import batching, diagnostics, drawing, evidence, metrics, probes
+from diffsamp import diagnostics, drawing, evidence, metrics, probes
 from diffsamp.deterministic import ProbabilityFlow
 from diffsamp.energies import as_key
 from diffsamp.sampler import Sampler
@@ -28,7 +28,7 @@ def evaluate(
     reference_draws: Any = None,
     condition: ArrayLike | None = None,
     sinkhorn: bool | None = None,
-    batch_size: int = batching.BATCH,
+    batch_size: int | None = None,
     mesh: Mesh | None = None,
 ) -> dict[str, Any]:
     """Every measure of quality that the target allows, each beside its floor.

@@ -171,8 +171,13 @@ def sinkhorn_divergence(
     points_x, points_y = points_x - centre, points_y - centre
     if epsilon is None:
         epsilon = 0.05 * _mean_square_distance(points_x, points_y) or 1.0
-    # OTT promotes ranks and dtypes; the caller's JAX may forbid it.
-    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+    # OTT promotes ranks and dtypes; the caller's JAX may forbid it. Its squared
+    # distances are differences of products, which need all their bits.
+    with (
+        jax.numpy_rank_promotion("allow"),
+        jax.numpy_dtype_promotion("standard"),
+        jax.default_matmul_precision("highest"),
+    ):
         value, converged, num_iterations = solve(
             jnp.asarray(points_x),
             jnp.asarray(points_y),

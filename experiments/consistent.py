@@ -10,12 +10,13 @@ Every method is trained once per target and seed, and judged at all step counts:
 * `teacher`: dis with 128 steps, `log_variance`;
 * `scds`: the same with a step-conditioned control and `self_consistency`;
 * `any_step`: scds with both kernels learned at few steps and fitted there, too, by
-  Jeffreys' divergence; on gmm9 of 32 steps at most;
-* `cdds`: distilled from the teacher of the same seed, with noise and way back fitted
-  at 1, 2, 4 and 8 steps.
+  Jeffreys' divergence; on mixtures of modes of 32 steps at most;
+* `cdds`: distilled from the teacher of the same seed, with noise and way back fitted,
+  and judged, at 1, 2, 4 and 8 steps.
 
-`run` appends one JSON line per (target, method, seed, step count) to --out, keeps
-checkpoints and a few draws beside it, and skips what is already there. Deterministic
+`run` trains all first and then appends one JSON line per (target, method, seed, step
+count) to --out; it keeps checkpoints and a few draws beside it, and skips what is
+already there. Deterministic
 draws, along the probability flow (of cdds: with its little noise), are what distances
 and errors of modes and quantiles are of; weights are those of the stochastic kernels.
 `footnote` has the number of the SCDS paper, which depends on how many points there are,
@@ -26,6 +27,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 import pathlib
 import time
 
@@ -40,12 +42,14 @@ from rows import (
     append,
     commands_of,
     described,
+    environment,
     markdown,
     mesh_of,
     read,
     rows_of,
     seeds_of,
     summarise,
+    write,
 )
 from transport import distances
 
@@ -69,18 +73,27 @@ class Cell:
     width: int = 64
     batch_size: int = 128
     huber: float | None = None
+    coordinatewise: bool = False  # one network for all coordinates
+    num_draws: int = 100_000
     num_repeats: int = 10  # pairs of sets of points, for distances
 
+    @property
+    def steps(self):
+        return [k for k in STEPS if k <= self.num_steps]
 
+
+OTHERS = ("teacher", "scds", "cdds")
 CELLS = (
-    Cell("gmm9", 3.0, 0.18, methods=("teacher", "scds", "cdds")),
-    Cell("gmm9", 4.0, 0.05, num_steps=32, methods=("any_step",), batch_size=256),
-    Cell("mw54", 2.0, 0.09),
+    Cell("gmm9", 3.0, 0.18, methods=OTHERS),
+    Cell("gmm9", 4.0, 0.05, num_steps=32, methods=("any_step",)),
+    Cell("mw54", 2.0, 0.09, methods=OTHERS),
+    Cell("mw54", 2.5, 0.06, 32, ("any_step",), width=16, coordinatewise=True),
     Cell("funnel_hard", 5.0, 0.03, huber=10.0),
-    Cell("mw52", 1.4, 0.1, width=128),
+    Cell("mw52", 1.4, 0.1, methods=OTHERS, width=128),
+    Cell("mw52", 1.4, 0.1, 32, ("any_step",), width=16, coordinatewise=True),
     Cell("drawn_image", 2.0, 0.02, width=128),
-    Cell("ionosphere", 1.0, 0.1, num_updates=1_500),
-    Cell("lgcp_whitened", 1.0, 0.1, num_updates=400, batch_size=32),
+    Cell("ionosphere", 1.0, 0.1),
+    Cell("lgcp_whitened", 1.0, 0.1, batch_size=64, num_draws=2_000),
 )
 REFERENCES = ("ionosphere", "lgcp")  # whose moments are known from long runs
 LEARNING_RATE = 2e-3
@@ -101,10 +114,16 @@ def make_sampler(cell, method, dim):
         "scale": cell.scale,
         "schedule": ds.schedules.geometric(cell.smallest_scale),
     }
-    if method == "teacher":
-        network = networks.annealed_score_guided(cell.width)
-        return ds.samplers.dis(num_steps=cell.num_steps, network=network, **process)
+    control = networks.annealed_score_guided
     back = networks.free(cell.width, learn_variance=True, step_conditioned=True)
+    if cell.coordinatewise:
+        control = networks.coordinatewise
+        back = control(
+            cell.width, use_score=False, learn_variance=True, step_conditioned=True
+        )
+    if method == "teacher":
+        network = control(cell.width)
+        return ds.samplers.dis(num_steps=cell.num_steps, network=network, **process)
     if method == "cdds":
         return ds.samplers.cdds(
             network=networks.consistency(cell.width, learn_variance=True),
@@ -114,9 +133,7 @@ def make_sampler(cell, method, dim):
     tied = method == "any_step"
     return ds.samplers.scds(
         num_steps=cell.num_steps,
-        network=networks.annealed_score_guided(
-            cell.width, step_conditioned=True, flow_tied=tied
-        ),
+        network=control(cell.width, step_conditioned=True, flow_tied=tied),
         destruction_network=back if tied else None,
         **process,
     )
@@ -156,6 +173,7 @@ def train(cell, method, seed, args):
     place = args.out.parent / "consistent"
     place.mkdir(parents=True, exist_ok=True)
     name = f"{cell.target}_{method}_{seed}"
+    account = place / f"{name}.json"  # what training took, if it was done before
     target = ds.targets.by_name(cell.target)
     sampler = make_sampler(cell, method, target.dim)
     teacher = None
@@ -176,7 +194,10 @@ def train(cell, method, seed, args):
         mesh=mesh_of(args.mesh),
         progress_bar=False,
     )
+    if account.exists():
+        return sampler, fit.params, json.loads(account.read_text())
     spent = {
+        "trained_on": environment()["device"],
         "num_updates": len(fit.metrics["loss"]),
         "num_skipped": fit.num_skipped,
         "energy_evaluations": fit.num_energy_evaluations + fit.num_gradient_evaluations,
@@ -184,6 +205,8 @@ def train(cell, method, seed, args):
         "seconds": fit.seconds - fit.compile_seconds,
         "compile_seconds": fit.compile_seconds,
     }
+    account.write_text(json.dumps(spent))
+    print(name, "trained", spent, flush=True)
     return sampler, fit.params, spent
 
 
@@ -194,7 +217,8 @@ def judge(cell, method, sampler, params, num_steps, seed, args):
     key = jax.random.fold_in(jax.random.key(seed), 10_000 + num_steps)
     keys = jax.random.split(key, 4)
     mesh = mesh_of(args.mesh)
-    options = {"num_draws": args.num_draws, "sinkhorn": False, "mesh": mesh}
+    num_draws = args.num_draws or cell.num_draws
+    options = {"num_draws": num_draws, "sinkhorn": False, "mesh": mesh}
     result = ds.evaluate(keys[0], few, params, target, **options)
     numbers = ("elbo", "eubo", "log_z", "log_z_error", "log_z_standard_error")
     numbers += ("elbo_standard_error", "eubo_standard_error")
@@ -203,7 +227,7 @@ def judge(cell, method, sampler, params, num_steps, seed, args):
     found = {name: result[name] for name in numbers if name in result}
     drawn = deterministic(method, few)
     of_target = drawn, params, target.energy
-    draws = ds.draw(keys[1], *of_target, args.num_draws, mesh=mesh)
+    draws = ds.draw(keys[1], *of_target, num_draws, mesh=mesh)
     found |= shape(target, draws.x)
     if num_steps in (1, cell.num_steps):
         if target.sample is not None:
@@ -230,8 +254,7 @@ def deterministic(method, sampler):
     """Along the probability flow; of the student as it is: it has next to no noise."""
     if method == "cdds":
         return sampler
-    solver = ds.solvers.dpm_solver() if method == "teacher" else ds.solvers.frozen()
-    return ds.probability_flow(sampler, solver)
+    return ds.probability_flow(sampler, ds.solvers.frozen())
 
 
 def in_parallel(key, flow, params, target, num_rows=256):
@@ -342,22 +365,32 @@ def band_error(x, exact, num_bands=5):
 
 
 def run(args):
-    for seed, (cell, method) in itertools.product(args.seeds, chosen(args)):
-        base = {"target": cell.target, "method": method, "seed": seed}
-        keys = (*base, "num_steps")
-        done = [tuple(row[k] for k in keys) for row in read(args.out)]
-        steps = [k for k in STEPS if k <= cell.num_steps]
-        steps = [k for k in steps if (*base.values(), k) not in done]
-        if not steps:
-            continue
-        sampler, params, spent = train(cell, method, seed, args)
-        for num_steps in steps:
+    keys = ("target", "method", "num_steps", "seed")
+    done = {tuple(row[k] for k in keys) for row in read(args.out)}
+    wanted = [
+        (cell, method, num_steps, seed)
+        for cell, method in chosen(args)
+        for num_steps in (STUDENT_STEPS if method == "cdds" else cell.steps)
+        for seed in args.seeds
+        if (cell.target, method, num_steps, seed) not in done
+    ]
+    order = dict.fromkeys((seed, cell, method) for cell, method, _, seed in wanted)
+    trained = {
+        (cell, method, seed): train(cell, method, seed, args)
+        for seed, cell, method in sorted(order, key=lambda one: one[0])
+    }
+    jax.clear_caches()  # memory maps, of which a process has 65,530
+    for (cell, method, num_steps), rows in itertools.groupby(wanted, lambda w: w[:3]):
+        for *_, seed in rows:
+            sampler, params, spent = trained[cell, method, seed]
             found = judge(cell, method, sampler, params, num_steps, seed, args)
-            label = {**base, "num_steps": num_steps}
-            settings = {**dataclasses.asdict(cell), "num_draws": args.num_draws}
-            append(args.out, {**settings, **label, **spent, **found})
+            label = dict(zip(keys, (cell.target, method, num_steps, seed), strict=True))
+            settings = dataclasses.asdict(cell)
+            settings["num_draws"] = args.num_draws or cell.num_draws
+            write(args.out, {**settings, **label, **spent, **found, **environment()})
             brief = ("log_z_error", "ess", "pareto_k", "flow_mode_tv", "flow_w2_ratio")
             print(*label.values(), {k: found.get(k) for k in brief}, flush=True)
+        jax.clear_caches()
 
 
 def chosen(args):
@@ -444,7 +477,8 @@ def table(args):
     lines = markdown([*labels, *(c[0] for c in COLUMNS)], body)
     first = rows[0]
     note = (
-        f"Mean (worst) over seeds, {first['num_draws']:,} draws, {described(first)}. "
+        f"Mean (worst) over seeds, {first['num_draws']:,} draws (2,000 of "
+        f"lgcp_whitened), {described(first)}. "
         f"{honest(rows)}"
     )
     print("\n".join([*lines, "", note, "", *others(rows)]))
@@ -590,7 +624,7 @@ def main():
     out = pathlib.Path("outputs/consistent.jsonl")
     names = list(dict.fromkeys(cell.target for cell in CELLS))
     runner = add_runner(commands, run, out)
-    runner.add_argument("--num-draws", type=int, default=10_000)
+    runner.add_argument("--num-draws", type=int, help="instead of the cell's own")
     beside = add_runner(
         commands, footnote, out.with_name("consistent_sinkhorn.jsonl"), name="footnote"
     )

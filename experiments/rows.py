@@ -91,10 +91,15 @@ def append(path, row, packages=()):
     Compiled programs are let go: each holds memory maps, of which Linux grants a
     process 65,530, and some dozens of rows would use them up.
     """
+    write(path, {**row, **environment(packages)})
+    jax.clear_caches()
+
+
+def write(path, row):
+    """Adds a row as it is."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a") as file:
-        file.write(dumps({**row, **environment(packages)}) + "\n")
-    jax.clear_caches()
+        file.write(dumps(row) + "\n")
 
 
 def dumps(row, indent=None):

@@ -14,14 +14,19 @@
 Every cell runs in a process of its own, so that its peak memory is its own, and adds
 one JSON line to --out; cells that are there are skipped. To measure one core, start it
 on one: ``taskset -c 0 python experiments/speed.py ...``; to make every core a device,
-set XLA_FLAGS=--xla_force_host_platform_device_count=N and pass --mesh N. A peer file
-holds one JSON line per figure of another program,
+set XLA_FLAGS=--xla_force_host_platform_device_count=N and pass --mesh N. On a GPU,
+``XLA_PYTHON_CLIENT_PREALLOCATE=false python experiments/speed.py ... --jobs 12`` has so
+many cells compiled side by side, and one of them timed at a time. A peer file holds one
+JSON line per figure of another program,
 ``{"workload": ..., "peer": ..., "cpu_ms": ...}``.
 """
 
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
+import contextlib
+import fcntl
 import functools
 import itertools
 import json
@@ -31,6 +36,7 @@ import pathlib
 import resource
 import subprocess
 import sys
+import tempfile
 import time
 
 import jax
@@ -38,10 +44,19 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import linen as nn
-from rows import add_mesh_option, append, described, markdown, mesh_of, read
+from rows import (
+    add_mesh_option,
+    described,
+    dumps,
+    environment,
+    markdown,
+    mesh_of,
+    read,
+    write,
+)
 
 import diffsamp as ds
-from diffsamp import meshes, scoring, training
+from diffsamp import batching, meshes, scoring, training
 
 TARGETS = {
     "gmm25": (ds.targets.gmm25, 7.0),
@@ -64,6 +79,7 @@ OBJECTIVES = {
 # segment, again for every step, and twice backwards.
 PASSES = {"reverse_kl": 5, "log_variance": 4, "trajectory_balance": 4}
 GIBI, MEBI = 2**30, 2**20
+LOCK = pathlib.Path(tempfile.gettempdir()) / "diffsamp_speed.lock"
 
 
 # -- networks -------------------------------------------------------------------------
@@ -120,18 +136,25 @@ def network_of(name, width):
 
 
 @functools.cache
+def large_product():
+    """A large float32 matrix product to run, compiled, and its number of operations."""
+    size = 2_048 if jax.default_backend() == "cpu" else 8_192
+    a = jax.random.normal(jax.random.key(0), (size, size))
+    multiply = jax.jit(functools.partial(jnp.matmul, precision="highest"))
+    run = functools.partial(multiply, a, a)
+    jax.block_until_ready(run())
+    return run, 2 * size**3
+
+
 def matmul_rate():
     """Floating-point operations per second of a large float32 matrix product."""
-    size = 2_048 if jax.default_backend() == "cpu" else 8_192
-    a = jnp.ones((size, size))
-    multiply = jax.jit(jnp.matmul)
-    multiply(a, a).block_until_ready()
+    run, flops = large_product()
     best = math.inf
     for _ in range(5):
         begin = time.perf_counter()
-        multiply(a, a).block_until_ready()
+        jax.block_until_ready(run())
         best = min(best, time.perf_counter() - begin)
-    return 2 * size**3 / best
+    return flops / best
 
 
 def product_flops(jaxpr):
@@ -173,6 +196,23 @@ def network_flops(sampler):
 # -- one cell -------------------------------------------------------------------------
 
 
+@contextlib.contextmanager
+def alone():
+    """While no other process of this run is in here."""
+    large_product()
+    with open(LOCK, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def peak_bytes():
+    """Of the device's memory, or where that is the host's, of the process."""
+    stats = jax.devices()[0].memory_stats()
+    if stats and "peak_bytes_in_use" in stats:
+        return stats["peak_bytes_in_use"]
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
 def sampler_of(cell, target):
     network = network_of(cell["network"], cell["width"])
     if cell.get("bfloat16"):
@@ -203,17 +243,20 @@ def measure_updates(cell, seconds):
         )
 
     first = warm = fit(1, updates_per_chunk=100)
+    needed = temporary_bytes(sampler, objective, target, size)
     once, repeats = first.seconds - first.compile_seconds, 1
     if once < seconds:  # else one more run, of one update, says enough
         warm, repeats = fit(2, updates_per_chunk=100, state=first.state), 3
         once = (warm.seconds - warm.compile_seconds) / 2
     num = int(np.clip(seconds / 3 / once, 1, 100))
     walls, cpus = [], []
-    for _ in range(repeats):
-        cpu = time.process_time()
-        run = fit(num, updates_per_chunk=100, state=warm.state)
-        cpus.append((time.process_time() - cpu) / num)
-        walls.append((run.seconds - run.compile_seconds) / num)
+    with alone():
+        rate = matmul_rate()
+        for _ in range(repeats):
+            cpu = time.process_time()
+            run = fit(num, updates_per_chunk=100, state=warm.state)
+            cpus.append((time.process_time() - cpu) / num)
+            walls.append((run.seconds - run.compile_seconds) / num)
     per_state, per_step = network_flops(sampler)
     passes = PASSES[cell["objective"]]
     flops = passes * cell["num_steps"] * (size * per_state + per_step)
@@ -231,10 +274,10 @@ def measure_updates(cell, seconds):
         "energy_gradients": calls,
         "network_flops": flops,
         "rate": flops / min(walls),
-        "matmul_rate": matmul_rate(),
-        "temporary_bytes": temporary_bytes(sampler, objective, target, size),
+        "matmul_rate": rate,
+        "temporary_bytes": needed,
         "stored_bytes": stored,
-        "peak_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+        "peak_bytes": peak_bytes(),
         "repeats": repeats,
         "num_devices": 1 if mesh is None else mesh.size,
     }
@@ -321,25 +364,29 @@ def measure_profile(cell, seconds):
     os.environ.pop("CI", None)  # bars are shown then
     state, once = fit(20, False)
     num = int(np.clip(seconds / once, 20, 500))
-    plain, shown = [], []
-    for _ in range(5):  # in turns, so that a busy moment falls on both
-        plain.append(fit(num, False, state)[1])
-        shown.append(fit(num, True, state)[1])
     update, start = update_of(sampler, objective, target, size, mesh)
-    state = meshes.put_everywhere(mesh, start(jax.random.key(0)))
-    whole = functools.partial(jax.jit(update), state)
+    first = meshes.put_everywhere(mesh, start(jax.random.key(0)))
+    whole = functools.partial(jax.jit(update), first)
     # What is not returned is not computed.
-    bare = functools.partial(jax.jit(lambda state: update(state)[0]), state)
-    with_metrics, without_metrics = map(min, times_of(seconds, whole, bare))
+    bare = functools.partial(jax.jit(lambda state: update(state)[0]), first)
+    jax.block_until_ready([run() for run in (whole, bare, simulate, score)])
+    plain, shown = [], []
+    with alone():
+        for _ in range(5):  # in turns, so that a busy moment falls on both
+            plain.append(fit(num, False, state)[1])
+            shown.append(fit(num, True, state)[1])
+        with_metrics, without_metrics = map(min, times_of(seconds, whole, bare))
+        simulation, scoring_pass = map(min, times_of(seconds, simulate, score))
+        rate = matmul_rate()
     return {
         **cell,
         "best_seconds": min(plain),
         "with_bar": min(shown),
         "with_metrics": with_metrics,
         "without_metrics": without_metrics,
-        "simulate": min(*times_of(seconds, simulate)),
-        "score": min(*times_of(seconds, score)),
-        "matmul_rate": matmul_rate(),
+        "simulate": simulation,
+        "score": scoring_pass,
+        "matmul_rate": rate,
     }
 
 
@@ -349,7 +396,10 @@ def measure_scoring(cell, seconds):
     sampler, size = sampler_of(cell, target), cell["batch_size"]
     mesh = meshes.as_mesh(mesh_of(cell.get("mesh")))
     params, _, score = two_passes(cell, sampler, target, mesh)
-    (times,), memory = times_of(seconds, score), cell.get("memory")
+    jax.block_until_ready(score())
+    with alone():
+        (times,), rate = times_of(seconds, score), matmul_rate()
+    memory = cell.get("memory")
     rows = size // (1 if mesh is None else mesh.size)
     per_state, per_step = network_flops(sampler)
     flops = 3 * cell["num_steps"] * (size * per_state + per_step)
@@ -360,7 +410,7 @@ def measure_scoring(cell, seconds):
         "tile": list(scoring.tile_within(sampler, params, rows, memory)),
         "network_flops": flops,
         "rate": flops / min(times),
-        "matmul_rate": matmul_rate(),
+        "matmul_rate": rate,
     }
 
 
@@ -417,24 +467,30 @@ def measure_precision(cell, seconds):
 
 
 def measure_draws(cell, seconds):
-    """Weighted draws per second, compiled."""
+    """Weighted draws per second, compiled: as they are, and judged by `ds.draw`."""
     target = TARGETS[cell["target"]][0]()
     sampler, mesh = sampler_of(cell, target), mesh_of(cell.get("mesh"))
     params, num = sampler.init(jax.random.key(0)), cell["batch_size"]
+    keys = (jax.random.key(seed) for seed in itertools.count())
+    parts, options = (sampler, params, target.energy, num), {"batch_size": num}
 
-    def draw(seed):
-        begin = time.perf_counter()
-        key = jax.random.key(seed)
-        energy, options = target.energy, {"batch_size": num, "mesh": mesh}
-        ds.draw(key, sampler, params, energy, num, **options)
-        return time.perf_counter() - begin
+    def bare():
+        return batching.draw_final(
+            next(keys), *parts, **options, mesh=meshes.as_mesh(mesh)
+        )
 
-    draw(0)
-    times = [draw(1)]
-    while sum(times) < seconds:
-        times.append(draw(len(times) + 1))
-    rate = num / min(times)
-    return {**cell, "best_seconds": min(times), "draws_per_second": rate}
+    def judged():
+        return ds.draw(next(keys), *parts, **options, mesh=mesh).x
+
+    bare(), judged()
+    with alone():
+        times, of_judged = map(min, times_of(seconds, bare, judged))
+    return {
+        **cell,
+        "best_seconds": times,
+        "judged_seconds": of_judged,
+        "draws_per_second": num / times,
+    }
 
 
 def measure_quality(cell, seconds):
@@ -582,14 +638,12 @@ def _cells_of(args):
 
 def run(args):
     """Measures every cell that is not in the file yet, each in a new process."""
-    mesh_of(args.mesh)  # before the work, if there are too few devices
     rows = [row for row in read(args.out) if row["command"] == args.command]
     done = {(row["cell"], row["cores"]) for row in rows}
     cores = len(os.sched_getaffinity(0))
-    for cell in cells_of(args):
-        name = json.dumps(cell, sort_keys=True)
-        if (name, cores) in done:
-            continue
+    names = [json.dumps(cell, sort_keys=True) for cell in cells_of(args)]
+
+    def measure(name):
         command = [sys.executable, __file__, "cell", args.command, name]
         if "seconds" in args:
             command += ["--seconds", str(args.seconds)]
@@ -597,10 +651,9 @@ def run(args):
         child = subprocess.run(command, capture_output=True, text=True, check=False)
         if child.returncode:
             print(name, "failed:", child.stderr[-2_000:], file=sys.stderr)
-            continue
+            return
         found = json.loads(child.stdout.splitlines()[-1])
-        row = {"command": args.command, "cell": name, "cores": cores, **found}
-        append(args.out, row)
+        write(args.out, {"command": args.command, "cell": name, "cores": cores} | found)
         shown = {
             k: found[k]
             for k in ("best_cpu_ms", "best_seconds", "seconds")
@@ -608,11 +661,14 @@ def run(args):
         }
         print(name, shown, f"{time.perf_counter() - begin:.0f} s", flush=True)
 
+    with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
+        list(pool.map(measure, [name for name in names if (name, cores) not in done]))
+
 
 def one_cell(args):
-    """In a process of its own; prints the row."""
+    """In a process of its own; prints the row, with the environment it was made in."""
     cell = json.loads(args.cell)
-    print(json.dumps(MEASURES[args.measure](cell, args.seconds)))
+    print(dumps(MEASURES[args.measure](cell, args.seconds) | environment()))
 
 
 # -- what it says ---------------------------------------------------------------------
@@ -662,13 +718,20 @@ UNUSUAL = {  # what is usual, and how a table names anything else
 
 def _unusual(row, *names):
     """What is not as usual in a row, to follow its target: ", width 128"."""
+    names = [name for name in names if name != "cores" or _is_cpu(row)]
     found = [(row.get(name, UNUSUAL[name][0]), *UNUSUAL[name]) for name in names]
     return "".join(", " + form.format(v) for v, usual, form in found if v != usual)
 
 
+def _is_cpu(row):
+    return row.get("device", "cpu").startswith("cpu")
+
+
 def _cores(row):
-    """Cores, or devices where there are several."""
-    return row["cores"] if row.get("mesh", 1) == 1 else f"{row['mesh']} devices"
+    """Cores, or devices where there are several, or what is no CPU."""
+    if row.get("mesh", 1) > 1:
+        return f"{row['mesh']} devices"
+    return row["cores"] if _is_cpu(row) else row["device"].split(",")[0]
 
 
 def _table_of_updates(rows):
@@ -728,7 +791,7 @@ SCALING = {
 
 def _series(rows, name):
     """Groups of rows that differ in nothing but one number: {the others: rows}."""
-    same = ("family", "objective", *UNUSUAL, *SCALING)
+    same = ("family", "objective", "device", *UNUSUAL, *SCALING)
     same = tuple(s for s in same if s != name)
     if name == "num_devices":  # each with a core of its own
         rows = [row for row in rows if row["cores"] == row["num_devices"]]
@@ -736,7 +799,7 @@ def _series(rows, name):
     groups = {}
     for row in rows:
         family = row["target"].rstrip("0123456789")
-        values = {"bfloat16": False, **row, "family": family}
+        values = {"bfloat16": False, "device": "cpu", **row, "family": family}
         groups.setdefault(tuple((s, values[s]) for s in same), []).append(row)
     groups = {g: sorted(m, key=lambda row: row[name]) for g, m in groups.items()}
     return {g: m for g, m in groups.items() if m[0][name] < m[-1][name]}
@@ -824,7 +887,7 @@ def _number(value):
 def _table_of_draws(rows):
     _print_table(
         "Weighted draws",
-        ["target", "K", "draws at a time", "cores", "draws per second"],
+        ["target", "K", "draws at a time", "cores", "draws per second", "ms", "judged"],
         [
             (
                 r["target"] + _unusual(r, "network", "width", "bfloat16"),
@@ -832,6 +895,8 @@ def _table_of_draws(rows):
                 r["batch_size"],
                 _cores(r),
                 f"{r['draws_per_second']:,.0f}",
+                f"{1e3 * r['best_seconds']:.1f}",
+                f"{1e3 * r['judged_seconds']:.1f}",
             )
             for r in rows
         ],
@@ -935,6 +1000,7 @@ def parse():
     for name, options in OPTIONS.items():
         one = commands.add_parser(name)
         one.add_argument("--out", type=pathlib.Path, default=file)
+        one.add_argument("--jobs", type=int, default=1, help="cells at a time")
         add_mesh_option(one)
         for option in options:
             form = FORMS[option]
