@@ -243,7 +243,9 @@ def measure_updates(cell, seconds):
         )
 
     first = warm = fit(1, updates_per_chunk=100)
-    needed = temporary_bytes(sampler, objective, target, size)
+    needed = None
+    if not cell.get("no_memory"):  # which is another compilation
+        needed = temporary_bytes(sampler, objective, target, size)
     once, repeats = first.seconds - first.compile_seconds, 1
     if once < seconds:  # else one more run, of one update, says enough
         warm, repeats = fit(2, updates_per_chunk=100, state=first.state), 3
@@ -482,7 +484,7 @@ def measure_draws(cell, seconds):
     def judged():
         return ds.draw(next(keys), *parts, **options, mesh=mesh).x
 
-    bare(), judged()
+    jax.block_until_ready([judged(), bare()])  # compiled
     with alone():
         times, of_judged = map(min, times_of(seconds, bare, judged))
     return {
@@ -633,6 +635,8 @@ def _cells_of(args):
     common = {"network": args.network, "width": args.width}
     if args.bfloat16:
         common["bfloat16"] = True
+    if args.command == "updates" and args.no_memory:
+        common["no_memory"] = True
     return [{**cell, **common} for cell in product(**choices)]
 
 
@@ -668,7 +672,8 @@ def run(args):
 def one_cell(args):
     """In a process of its own; prints the row, with the environment it was made in."""
     cell = json.loads(args.cell)
-    print(dumps(MEASURES[args.measure](cell, args.seconds) | environment()))
+    flags = {"xla_flags": os.environ.get("XLA_FLAGS", "")}
+    print(dumps(MEASURES[args.measure](cell, args.seconds) | flags | environment()))
 
 
 # -- what it says ---------------------------------------------------------------------
@@ -754,13 +759,20 @@ def _table_of_updates(rows):
                 f"{r['energy_gradients']:.0f}",
                 f"{r['network_flops'] / 1e9:.2f}",
                 f"{r['rate'] / r['matmul_rate']:.0%}",
-                f"{r['temporary_bytes'] / MEBI:.0f}",
-                f"{r['temporary_bytes'] / r['stored_bytes']:.2f}",
+                *_memory(r),
                 f"{r['peak_bytes'] / MEBI:.0f}",
             )
             for r in rows
         ],
     )
+
+
+def _memory(row):
+    """Temporary memory in MiB, and over that of states and scores."""
+    needed = row["temporary_bytes"]
+    if needed is None:
+        return "-", "-"
+    return f"{needed / MEBI:.0f}", f"{needed / row['stored_bytes']:.2f}"
 
 
 def _table_of_peers(rows, peer_file):
@@ -972,6 +984,7 @@ FORMS = {  # of options
     "width": {"type": int},
     "bfloat16": FLAG,
     "peers": FLAG,
+    "no_memory": {**FLAG, "help": "save the compilation that tells what it takes"},
     "seconds": {"type": float, "help": "of training, or of measuring"},
 }
 SHAPES = {
@@ -979,7 +992,8 @@ SHAPES = {
     **{"network": "guided", "width": 64, "bfloat16": False, "seconds": 6.0},
 }
 OPTIONS = {  # of every command beside --out and --mesh, and what they are by default
-    "updates": {**SHAPES, "objectives": tuple(OBJECTIVES), "peers": False},
+    "updates": {**SHAPES, "objectives": tuple(OBJECTIVES)}
+    | {"peers": False, "no_memory": False},
     "scoring": {**SHAPES, "steps": (100,), "memory": None},
     "profile": {**SHAPES, "steps": (100,)},
     "compile": {"objectives": tuple(OBJECTIVES)},

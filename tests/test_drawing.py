@@ -66,6 +66,17 @@ def test_fields(wide):
     assert isinstance(wide.diagnostics, ds.Diagnostics)
 
 
+def test_other_devices_take_whole_batches(wide, monkeypatch):
+    """Not blocks of few rows, one after the other; the draws are the same."""
+    monkeypatch.setattr(ds.meshes, "on_cpu", lambda: False)
+    few, many = (ds.batching._blocks(None, n, None) for n in (1_000, 4_000))
+    assert few == (1, ds.batching.BATCH)
+    assert many == (1, ds.batching.LARGE_BATCH)
+    found = draw(4_000)
+    np.testing.assert_allclose(found.x, wide.x, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(found.log_weight, wide.log_weight, atol=1e-5)
+
+
 def test_smoothed_weights(wide):
     found = ds.diagnostics.pareto_smooth(wide.log_weight)
     np.testing.assert_array_equal(wide.smoothed_log_weight, found.log_weight)

@@ -643,6 +643,7 @@ def test_a_small_run_of_consistent(tmp_path, arguments, monkeypatch, capsys):
     script = _script("consistent")
     monkeypatch.setattr(script, "NUM_STEPS", 4)
     monkeypatch.setattr(script, "STEPS", (1, 4))
+    monkeypatch.setattr(script, "STUDENT_STEPS", (1, 4))
     monkeypatch.setattr(script, "NUM_PARTICLES", 64)
     monkeypatch.setattr(script, "TIMED_DRAWS", 256)
     monkeypatch.setattr(script, "NUM_POINTS", 100)
@@ -658,6 +659,12 @@ def test_a_small_run_of_consistent(tmp_path, arguments, monkeypatch, capsys):
     labels = [(r["method"], r["num_steps"]) for r in rows]
     assert labels == [(m, k) for m in script.METHODS for k in (1, 4)]
     assert all(np.isfinite(r["elbo_gap"]) and r["w2_ratio"] > 0 for r in rows)
+    assert all(r["num_updates"] == 3 and r["seconds"] > 0 for r in rows)
+    out.write_text("".join(json.dumps(row) + "\n" for row in rows[:-1]))
+    script.main()  # the last is judged again, and not trained
+    (*_, again) = script.read(out)
+    measured = ("elbo", "log_z", "flow_w2", "seconds")
+    assert [again[k] for k in measured] == [rows[-1][k] for k in measured]
     script.main()  # nothing left to do
     assert len(script.read(out)) == len(rows)
     arguments("table", "--num-steps", 1, 4, "--", out)
@@ -696,7 +703,7 @@ def _speed_row(command, **fields):
 
 def _update_row(num_steps, batch_size, seconds, **fields):
     usual = {"target": "gmm25", "dim": 2, "cores": 1, "num_devices": 1, "width": 64}
-    usual["repeats"] = 3
+    usual |= {"repeats": 3, "temporary_bytes": 3 * 2**20}
     return _speed_row(
         "updates",
         objective="log_variance",
@@ -711,7 +718,6 @@ def _update_row(num_steps, batch_size, seconds, **fields):
         network_flops=2e9,
         rate=2e9 / seconds,
         matmul_rate=4e9 / seconds,
-        temporary_bytes=3 * 2**20,
         stored_bytes=2 * 2**20,
         peak_bytes=800 * 2**20,
         **usual | fields,
@@ -731,7 +737,9 @@ def test_table_of_speed(tmp_path, arguments, capsys):
         rows += [_update_row(100, 512, seconds, **change)]
         rows += [_update_row(10, 512, seconds / 4, **change)]
     rows += [_update_row(100, 512, 0.1, workload="gmm25 log_variance vsm")]
+    rows += [_update_row(7, 8, 0.1, device="A100, 16 cores", temporary_bytes=None)]
     draws = {"num_steps": 1, "batch_size": 10, "cores": 1, "draws_per_second": 5e5}
+    draws |= {"best_seconds": 0.25, "judged_seconds": 0.5}
     rows += [_speed_row("draws", target="gmm25", **draws)]
     rows += [_speed_row("compile", sampler="dds", objective="log_variance", cores=2)]
     rows[-1]["compile_seconds"] = 9.0
@@ -779,7 +787,9 @@ def test_table_of_speed(tmp_path, arguments, capsys):
         in said
     )
     assert "| 10.0 | - | +1.0% |" in said
-    assert "| gmm25 | 1 | 10 | 1 | 500,000 |" in said
+    assert "| gmm25 | 1 | 10 | 1 | 500,000 | 250.0 | 500.0 |" in said
+    assert "| gmm25, 2-D | log_variance | A100 | 7 | 8 | 100 |" in said
+    assert "| 50% | - | - | 800 |" in said
     assert "| 1 | 2 of 3 | 5 (inf) | 4.0 | 0.25 | - |" in said
     assert "| 1 | 0 of 2, 1 diverged | inf (inf) | - | 0.25 | - |" in said
 

@@ -37,6 +37,31 @@ def test_output_and_dtype(name):
 
 
 @pytest.mark.parametrize("name", NETWORKS)
+def test_products_are_in_float32_unless_asked(name):
+    """GPUs and TPUs would use fewer bits of it, by JAX's default."""
+    control, params = _new(name)
+    traced = jax.make_jaxpr(control)(params, X, T, context(control.needs_score))
+    products = [
+        equation.params["precision"]
+        for equation in _equations(traced.jaxpr)
+        if equation.primitive.name == "dot_general"
+    ]
+    full = (jax.lax.Precision.HIGHEST,) * 2
+    assert products
+    if name != "reduced_precision":
+        assert set(products) == {full}
+
+
+def _equations(jaxpr):
+    for equation in jaxpr.eqns:
+        yield equation
+        for value in equation.params.values():
+            inner = getattr(value, "jaxpr", None)
+            if hasattr(inner, "eqns"):
+                yield from _equations(inner)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
 def test_float64_throughout(x64, name):
     control, params = _new(name)
     assert all(leaf.dtype == jnp.float64 for leaf in jax.tree.leaves(params))
