@@ -4,6 +4,7 @@
     python experiments/consistent.py table
     python experiments/consistent.py plot
     python experiments/consistent.py footnote
+    python experiments/consistent.py parallel
 
 Every method is trained once per target and seed, and judged at all step counts:
 
@@ -20,7 +21,7 @@ already there. Deterministic
 draws, along the probability flow (of cdds: with its little noise), are what distances
 and errors of modes and quantiles are of; weights are those of the stochastic kernels.
 `footnote` has the number of the SCDS paper, which depends on how many points there are,
-of draws in one step and between two exact sets.
+of draws in one step and between two exact sets. `parallel` times parareal.
 """
 
 from __future__ import annotations
@@ -237,7 +238,7 @@ def judge(cell, method, sampler, params, num_steps, seed, args):
         name = f"{cell.target}_{method}_{seed}_{num_steps}.npy"
         np.save(args.out.parent / "consistent" / name, draws.x[:NUM_POINTS])
     if num_steps == cell.num_steps and method in ("scds", "any_step"):
-        found |= in_parallel(keys[2], drawn, params, target)
+        found |= in_parallel(keys[2], drawn, params, target, 256, NUM_BLOCKS)
     if num_steps == 8 and method == "teacher":
         tuned = ds.tune_time_grid(keys[2], few, params, target.energy)
         found["tuned_gain"] = tuned.elbo_after - tuned.elbo_before
@@ -261,7 +262,7 @@ def deterministic(method, sampler):
     return ds.probability_flow(sampler, ds.solvers.frozen())
 
 
-def in_parallel(key, flow, params, target, num_rows=256):
+def in_parallel(key, flow, params, target, num_rows, num_blocks):
     """Parareal on one batch: iterations, error, and seconds beside one after the other.
 
     On a machine with as many idle cores as blocks it would be faster than here.
@@ -269,7 +270,7 @@ def in_parallel(key, flow, params, target, num_rows=256):
     starts = flow.sampler.original(jax.random.normal(key, (num_rows, target.dim)))
 
     def blocks(x):
-        return ds.parareal(flow, params, x, target.energy, NUM_BLOCKS, tolerance=0.01)
+        return ds.parareal(flow, params, x, target.energy, num_blocks, tolerance=0.01)
 
     def steps(x):
         return flow.solve(params, x, target.energy)
@@ -283,7 +284,7 @@ def in_parallel(key, flow, params, target, num_rows=256):
         seconds.append(time.perf_counter() - begin)
     error = flow.sampler.unit(runs[0].x) - flow.sampler.unit(runs[1])
     return {
-        "parareal_blocks": NUM_BLOCKS,
+        "parareal_blocks": num_blocks,
         "parareal_iterations": float(np.mean(runs[0].num_iterations)),
         "parareal_error": float(np.sqrt(np.mean(error**2))),
         "parareal_seconds": seconds[0],
@@ -439,6 +440,34 @@ def footnote(args):
                 body.append([*label, seeds_of(own), *cells])
     heads = ["target", "method", "points", "seeds", "cost", "of exact sets"]
     print("\n".join(["", *markdown(heads, body)]))
+
+
+def parallel(args):
+    """Parareal beside the same steps one after the other."""
+    for seed, (cell, method) in itertools.product(args.seeds, chosen(args)):
+        if method not in ("scds", "any_step"):
+            continue
+        target = ds.targets.by_name(cell.target)
+        sampler, params, _ = train(cell, method, seed, args)
+        flow = deterministic(method, sampler)
+        for num_rows, num_blocks in itertools.product((1, 256, 4_096), (8, 16)):
+            key = jax.random.key(seed)
+            found = in_parallel(key, flow, params, target, num_rows, num_blocks)
+            label = {"target": cell.target, "method": method, "seed": seed}
+            append(args.out, {**label, "num_rows": num_rows, **found})
+    heads = ["target", "method", "seed", "device", "paths", "blocks", "iterations"]
+    body = [
+        [r[k] for k in ("target", "method", "seed", "device", "num_rows")]
+        + [
+            r["parareal_blocks"],
+            f"{r['parareal_iterations']:.2f}",
+            f"{r['parareal_error']:.4f}",
+            f"{1e3 * r['parareal_seconds']:.1f}",
+            f"{1e3 * r['sequential_seconds']:.1f}",
+        ]
+        for r in read(args.out)
+    ]
+    print("\n".join(markdown([*heads, "error", "ms", "one by one"], body)))
 
 
 COLUMNS = (
@@ -629,7 +658,10 @@ def main():
         commands, footnote, out.with_name("consistent_sinkhorn.jsonl"), name="footnote"
     )
     beside.add_argument("--points", type=int, nargs="+", default=[2_000, 6_000])
-    for one in (runner, beside):
+    timer = add_runner(
+        commands, parallel, out.with_name("consistent_parallel.jsonl"), name="parallel"
+    )
+    for one in (runner, beside, timer):
         one.add_argument("--targets", nargs="+", choices=names, default=names)
         one.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
         one.add_argument("--num-updates", type=int, help="instead of the cell's own")

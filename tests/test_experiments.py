@@ -108,7 +108,7 @@ RUNS = {  # the commands of every script that train, draw or time either
     "adaptive_destruction": ("grid", "coordinatewise", "ablation"),
     "amortised": ("run",),
     "benchmark": ("run",),
-    "consistent": ("run", "footnote"),
+    "consistent": ("run", "footnote", "parallel"),
     "exploration": ("run",),
     "numpyro_posteriors": ("run",),
     "quickstart": ("",),
@@ -672,6 +672,16 @@ def test_a_small_run_of_consistent(tmp_path, arguments, monkeypatch, capsys):
     said = capsys.readouterr().out
     assert "| gmm9 | any_step | 1 | 0 |" in said
     assert "parareal with" in said
+    timing = script.in_parallel
+
+    def few(*given):
+        return timing(*given[:4], min(given[4], 8), 2)
+
+    monkeypatch.setattr(script, "in_parallel", few)
+    methods, place = ("--methods", "scds"), tmp_path / "parallel.jsonl"
+    arguments("parallel", "--seeds", 0, *methods, "--out", place)
+    script.main()
+    assert "| gmm9 | scds | 0 | cpu" in capsys.readouterr().out
     arguments("plot", out, "--folder", tmp_path)
     script.main()
     assert len(list(tmp_path.glob("*.png"))) == 3
