@@ -11,15 +11,15 @@ Every method is trained once per target and seed, and judged at all step counts:
 * `teacher`: dis with 128 steps, `log_variance`;
 * `scds`: the same with a step-conditioned control and `self_consistency`;
 * `any_step`: scds with both kernels learned at few steps and fitted there, too, by
-  Jeffreys' divergence; on mixtures of modes of 32 steps at most;
+  Jeffreys' divergence; of 32 steps at most where there are modes;
 * `cdds`: distilled from the teacher of the same seed, with noise and way back fitted,
   and judged, at 1, 2, 4 and 8 steps.
 
-`run` trains all first and then appends one JSON line per (target, method, seed, step
-count) to --out; it keeps checkpoints and a few draws beside it, and skips what is
-already there. Deterministic
-draws, along the probability flow (of cdds: with its little noise), are what distances
-and errors of modes and quantiles are of; weights are those of the stochastic kernels.
+`run` appends one JSON line per (target, method, seed, step count) to --out, keeps
+checkpoints and a few draws beside it, and skips what is already there. Seeds share
+what is compiled. Deterministic draws, along the probability flow (of cdds: with its
+little noise), are what distances and errors of modes and quantiles are of; weights are
+those of the stochastic kernels.
 `footnote` has the number of the SCDS paper, which depends on how many points there are,
 of draws in one step and between two exact sets. `parallel` times parareal.
 """
@@ -75,7 +75,7 @@ class Cell:
     batch_size: int = 128
     huber: float | None = None
     coordinatewise: bool = False  # one network for all coordinates
-    num_draws: int = 20_000  # and five times as many in at most eight steps
+    num_draws: int = 20_000  # five times as many in at most eight steps
     num_repeats: int = 10  # pairs of sets of points, for distances
 
     @property
@@ -372,30 +372,29 @@ def band_error(x, exact, num_bands=5):
 def run(args):
     keys = ("target", "method", "num_steps", "seed")
     done = {tuple(row[k] for k in keys) for row in read(args.out)}
-    wanted = [
-        (cell, method, num_steps, seed)
-        for cell, method in chosen(args)
-        for num_steps in (STUDENT_STEPS if method == "cdds" else cell.steps)
-        for seed in args.seeds
-        if (cell.target, method, num_steps, seed) not in done
-    ]
-    order = dict.fromkeys((seed, cell, method) for cell, method, _, seed in wanted)
-    trained = {
-        (cell, method, seed): train(cell, method, seed, args)
-        for seed, cell, method in sorted(order, key=lambda one: one[0])
-    }
-    jax.clear_caches()  # memory maps, of which a process has 65,530
-    for (cell, method, num_steps), rows in itertools.groupby(wanted, lambda w: w[:3]):
-        for *_, seed in rows:
-            sampler, params, spent = trained[cell, method, seed]
-            found = judge(cell, method, sampler, params, num_steps, seed, args)
-            label = dict(zip(keys, (cell.target, method, num_steps, seed), strict=True))
-            settings = dataclasses.asdict(cell)
-            settings["num_draws"] = num_draws_of(cell, num_steps, args)
-            write(args.out, {**settings, **label, **spent, **found, **environment()})
-            brief = ("log_z_error", "ess", "pareto_k", "flow_mode_tv", "flow_w2_ratio")
-            print(*label.values(), {k: found.get(k) for k in brief}, flush=True)
-        jax.clear_caches()
+    for cell, method in chosen(args):
+        steps = STUDENT_STEPS if method == "cdds" else cell.steps
+        wanted = {
+            num_steps: [
+                seed
+                for seed in args.seeds
+                if (cell.target, method, num_steps, seed) not in done
+            ]
+            for num_steps in steps
+        }
+        seeds = [seed for seed in args.seeds if any(seed in w for w in wanted.values())]
+        trained = {seed: train(cell, method, seed, args) for seed in seeds}
+        for num_steps, num_draws in ((k, num_draws_of(cell, k, args)) for k in steps):
+            jax.clear_caches()  # memory maps, of which a process has 65,530
+            for seed in wanted[num_steps]:
+                *sampler, spent = trained[seed]
+                found = judge(cell, method, *sampler, num_steps, seed, args)
+                values = (cell.target, method, num_steps, seed)
+                label = dict(zip(keys, values, strict=True)) | {"num_draws": num_draws}
+                row = {**dataclasses.asdict(cell), **label, **spent, **found}
+                write(args.out, row | environment())
+                brief = ("log_z_error", "ess", "pareto_k", "flow_mode_tv")
+                print(*values, {k: found.get(k) for k in brief}, flush=True)
 
 
 def chosen(args):
