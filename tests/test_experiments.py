@@ -878,8 +878,9 @@ def test_options_that_a_command_of_speed_does_not_use(words, arguments, capsys):
     assert flag in capsys.readouterr().err
 
 
-def test_commands_of_the_page_on_speed_parse(arguments):
-    page = FOLDER.parent / "docs" / "benchmarks" / "speed.md"
+@pytest.mark.parametrize("name", ["speed", "speed_gpu"])
+def test_commands_of_the_pages_on_speed_parse(name, arguments):
+    page = FOLDER.parent / "docs" / "benchmarks" / f"{name}.md"
     text = page.read_text().replace("\\\n", "").replace("[", "").replace("]", "")
     commands = re.findall(r"^.*experiments/speed\.py (.*)$", text, re.M)
     assert len(commands) > 5
