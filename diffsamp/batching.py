@@ -29,7 +29,7 @@ BATCH = 1024
 LARGE_BATCH = 16_384  # of many draws, where a device is no CPU
 
 
-class _Blocks(NamedTuple):
+class Blocks(NamedTuple):
     """What one compiled call computes: so many blocks of so many rows."""
 
     number: int
@@ -51,7 +51,7 @@ def draw_final(
     mesh: Mesh | None = None,
 ) -> Final:
     """Last states, weights and energies of ``num_draws`` paths, on the host."""
-    blocks = _blocks(batch_size, num_draws, mesh)
+    blocks = blocks_of(batch_size, num_draws, mesh)
     size, parts = blocks.total, []
     given = params, key, as_energy(energy), _repeated(condition, size)
     given = meshes.put_everywhere(mesh, given)
@@ -74,7 +74,7 @@ def pilot(
     ``conditions`` are one per draw, [BATCH, C], where the sampler has any.
     """
     given = params, key, as_energy(energy), conditions
-    blocks = _blocks(BATCH, BATCH, None)
+    blocks = blocks_of(BATCH, BATCH, None)
     return _draw_blocks(sampler, blocks, None, np.int32(0), *given)
 
 
@@ -89,7 +89,7 @@ def trace_back_log_weights(
     mesh: Mesh | None = None,
 ) -> np.ndarray:
     """Log-weights of paths traced back from points x [M, D], on the host."""
-    blocks = _blocks(batch_size, len(x), mesh)
+    blocks = blocks_of(batch_size, len(x), mesh)
     size, parts = blocks.total, []
     given = params, key, as_energy(energy), _repeated(condition, size)
     given = meshes.put_everywhere(mesh, given)
@@ -140,7 +140,7 @@ def _over_blocks(block, blocks, mesh, shared, of_rows):
     return meshes.everywhere(mesh, _flat(run(shared, inputs)))
 
 
-def _blocks(batch_size: int | None, num_draws: int, mesh: Mesh | None) -> _Blocks:
+def blocks_of(batch_size: int | None, num_draws: int, mesh: Mesh | None) -> Blocks:
     """As many rows as the batch needs, and as many for each device as for the others.
 
     On CPUs in blocks of a fixed size, elsewhere in one for each device.
@@ -150,8 +150,8 @@ def _blocks(batch_size: int | None, num_draws: int, mesh: Mesh | None) -> _Block
         many = num_draws > BATCH and not meshes.on_cpu()
         batch_size = LARGE_BATCH if many else BATCH
     if not meshes.on_cpu():
-        return _Blocks(num_devices, -(-batch_size // num_devices))
-    return _Blocks(-(-batch_size // (BLOCK * num_devices)) * num_devices, BLOCK)
+        return Blocks(num_devices, -(-batch_size // num_devices))
+    return Blocks(-(-batch_size // (BLOCK * num_devices)) * num_devices, BLOCK)
 
 
 def _repeated(condition, size):
@@ -160,7 +160,7 @@ def _repeated(condition, size):
     return jnp.broadcast_to(condition, (size, *condition.shape))
 
 
-def _in_blocks(tree: Any, blocks: _Blocks) -> Any:
+def _in_blocks(tree: Any, blocks: Blocks) -> Any:
     return jax.tree.map(lambda a: a.reshape(*blocks, *a.shape[1:]), tree)
 
 
