@@ -104,6 +104,7 @@ NUM_PARTICLES = 2_048
 STUDENT_STEPS = (1, 2, 4, 8)  # at which the student's kernels are fitted
 NUM_TIMES = 18  # of the coarse grid of consistency distillation
 NUM_BLOCKS = 8  # of parareal
+PARALLEL = tuple(itertools.product((1, 256, 4_096), (8, 16)))  # paths and blocks
 TIMED_DRAWS = 100_000
 NUM_POINTS = 2_000  # in a set of which W2 is computed
 
@@ -449,7 +450,7 @@ def parallel(args):
         target = ds.targets.by_name(cell.target)
         sampler, params, _ = train(cell, method, seed, args)
         flow = deterministic(method, sampler)
-        for num_rows, num_blocks in itertools.product((1, 256, 4_096), (8, 16)):
+        for num_rows, num_blocks in PARALLEL:
             key = jax.random.key(seed)
             found = in_parallel(key, flow, params, target, num_rows, num_blocks)
             label = {"target": cell.target, "method": method, "seed": seed}

@@ -672,12 +672,7 @@ def test_a_small_run_of_consistent(tmp_path, arguments, monkeypatch, capsys):
     said = capsys.readouterr().out
     assert "| gmm9 | any_step | 1 | 0 |" in said
     assert "parareal with" in said
-    timing = script.in_parallel
-
-    def few(*given):
-        return timing(*given[:4], min(given[4], 8), 2)
-
-    monkeypatch.setattr(script, "in_parallel", few)
+    monkeypatch.setattr(script, "PARALLEL", ((8, 2),))
     methods, place = ("--methods", "scds"), tmp_path / "parallel.jsonl"
     arguments("parallel", "--seeds", 0, *methods, "--out", place)
     script.main()
