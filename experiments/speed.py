@@ -642,6 +642,7 @@ def _cells_of(args):
 
 def run(args):
     """Measures every cell that is not in the file yet, each in a new process."""
+    mesh_of(args.mesh)  # before the work, if there are too few devices
     rows = [row for row in read(args.out) if row["command"] == args.command]
     done = {(row["cell"], row["cores"]) for row in rows}
     cores = len(os.sched_getaffinity(0))
