@@ -166,7 +166,8 @@ def test_chunks_change_nothing(base, length):
 
 
 def test_progress_bar_changes_no_number(base, monkeypatch, capsys):
-    monkeypatch.delenv("CI", raising=False)
+    for name in ("CI", "PYTEST_XDIST_WORKER"):
+        monkeypatch.delenv(name, raising=False)
     with_bar = fit(20, progress_bar=True)
     assert "elbo" in capsys.readouterr().err
     without = fit(20, progress_bar=False)
@@ -176,8 +177,10 @@ def test_progress_bar_changes_no_number(base, monkeypatch, capsys):
         assert_same(result.metrics, base.metrics)
 
 
-def test_progress_bar_is_silent_on_ci(monkeypatch, capsys):
-    monkeypatch.setenv("CI", "1")
+@pytest.mark.parametrize("name", ["CI", "PYTEST_XDIST_WORKER"])
+def test_progress_bar_is_silent_where_nobody_looks(monkeypatch, capsys, name):
+    monkeypatch.delenv("CI", raising=False)
+    monkeypatch.setenv(name, "1")
     fit(5, progress_bar=True)
     assert capsys.readouterr() == ("", "")
 

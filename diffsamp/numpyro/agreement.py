@@ -3,12 +3,13 @@
 The probe of `diffsamp.diagnostics` looks for places where the sampler has nothing. A
 sampler that has a little too little of something, such as the neck of a funnel, shows
 in moments first. Two independent pilots say how well a pilot knows them: with f = x or
-(x - c)^2 in one coordinate, and a, b the means of f over the two,
+(x - c)^2 in one column, and a, b the means of f over the two,
 
-    z = | own - (a + b) / 2 | / sqrt( se_own^2 + i var(f) / (2 N) ),
+    z = | own - (a + b) / 2 | / sqrt( se_own^2 + max(i var(f) / (2 N), (a - b)^2 / 4) ),
 
 where i >= 1 is the mean over all f of (a - b)^2 / (2 var(f) / N): what two pilots
-differ by, over what independent draws would.
+differ by, over what independent draws would. Pilots that differ by much from each other
+(`FAR`) are witnesses of nothing, and that is said, too.
 
 Weights of finite variance are not enough either: with a sampler whose tails are too
 light, (x - c)^2 has its largest values where the weights are largest, and a handful of
@@ -28,7 +29,8 @@ from diffsamp.types import ArrayLike
 
 Z_LIMIT = 4.0
 LARGE = {"mean": 0.05, "variance": 0.15}  # smaller differences are let pass
-PRECISE = {"mean": 0.05, "variance": 0.1}  # largest standard errors
+FAR = 0.3  # standard deviations between the means of two pilots
+PRECISE = {"mean": 0.04, "variance": 0.08}  # largest standard errors
 
 
 class Disagreement(NamedTuple):
@@ -36,13 +38,15 @@ class Disagreement(NamedTuple):
 
     Attributes:
         what: "mean" or "variance".
-        coordinate: index.
+        coordinate: index of the column.
+        between_pilots: whether it is one between the pilots.
         size: in standard deviations, or relative to the variance.
         z: in standard errors.
     """
 
     what: str
     coordinate: int
+    between_pilots: bool
     size: float
     z: float
 
@@ -52,7 +56,7 @@ class Imprecision(NamedTuple):
 
     Attributes:
         what: "mean" or "variance".
-        coordinate: index.
+        coordinate: index of the column.
         error: standard error, in standard deviations or relative to the variance; inf
             where there are no usable weights.
         excess: that over what `PRECISE` allows.
@@ -68,7 +72,7 @@ def imprecision(x: ArrayLike, log_weight: ArrayLike) -> Imprecision:
     """The mean or variance that the draws know least.
 
     Args:
-        x: draws, [N, D].
+        x: draws, a column for each quantity, [N, D].
         log_weight: their log-weights, [N].
 
     Example:
@@ -104,7 +108,7 @@ def disagreement(
     """The clearest difference between draws and pilots, None where there is none.
 
     Args:
-        x: draws, [N, D].
+        x: draws, a column for each quantity, [N, D].
         log_weight: their log-weights, [N].
         first: points of a pilot, [M, D].
         second: of another, [M, D].
@@ -134,10 +138,18 @@ def disagreement(
         spread.append(np.mean([v.var(axis=0) for v in pilots], axis=0))
     own, se, halves, spread = map(np.array, (own, se, halves, spread))
     noise = spread / len(first)
-    both = halves.mean(axis=1)
-    inflation = np.mean((halves[:, 0] - halves[:, 1]) ** 2 / (2 * noise))
-    z = np.abs(own - both) / np.sqrt(se**2 + max(inflation, 1.0) * noise / 2)
-    size = np.abs(own - both) / np.stack([np.sqrt(both[1]), both[1]])
+    both, apart = halves.mean(axis=1), np.abs(halves[:, 0] - halves[:, 1])
+    inflation = max(np.mean(apart**2 / (2 * noise)), 1.0)
+    z_pilots = apart / np.sqrt(2 * noise)
+    z = np.abs(own - both)
+    z /= np.sqrt(se**2 + np.maximum(inflation * noise / 2, apart**2 / 4))
+    unit = np.stack([np.sqrt(both[1]), both[1]])
+    size, gap = np.abs(own - both) / unit, apart[0] / unit[0]
+    if np.max(gap) > FAR:
+        worst = int(np.argmax(gap))
+        return Disagreement(
+            "mean", worst, True, float(gap[worst]), float(z_pilots[0, worst])
+        )
     limits = np.array(list(LARGE.values()))[:, None]
     z = np.where(size > limits, z, 0.0)
     kind, coordinate = np.unravel_index(np.argmax(z), z.shape)
@@ -146,6 +158,7 @@ def disagreement(
     return Disagreement(
         what=list(LARGE)[kind],
         coordinate=int(coordinate),
+        between_pilots=False,
         size=float(size[kind, coordinate]),
         z=float(z[kind, coordinate]),
     )

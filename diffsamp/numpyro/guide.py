@@ -19,7 +19,7 @@ from numpyro import handlers
 from numpyro.infer import init_to_uniform
 from numpyro.infer.autoguide import AutoContinuous
 
-from diffsamp.numpyro.inference import default_sampler
+from diffsamp.numpyro.recipe import default_sampler
 from diffsamp.numpyro.target import subsampled_plates
 from diffsamp.sampler import Sampler
 
@@ -158,7 +158,8 @@ class AutoDiffusion(AutoContinuous):
 
     def median(self, params, *args, **kwargs):
         """Medians of 2,000 draws with a fixed key."""
-        return jax.tree.map(lambda q: q[0], self.quantiles(params, [0.5], *args))
+        found = self.quantiles(params, [0.5], *args, **kwargs)
+        return jax.tree.map(lambda q: q[0], found)
 
     def quantiles(self, params, quantiles, *args, **kwargs):
         """Quantiles of 2,000 draws with a fixed key, a leading axis for each."""

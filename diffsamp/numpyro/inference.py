@@ -5,15 +5,13 @@ What `DiffusionSampler` does by default, each step a function of its own elsewhe
 1. `pilots.find`: tempered SMC, from the prior where there is one.
 2. `affine_from`: its mean and covariance give coordinates in which the posterior is
    about a unit normal, so that one network and one noise schedule fit all models.
-3. Training of a `samplers.dis` with learned generation variance and a network that is
-   shown no score, in rounds: first by `objectives.forward_kl` on paths traced back from
-   the pilot's points, then by `objectives.log_variance` on these and its own paths. An
-   update so costs one energy per path, and no gradient. The noise ends at the width of
-   the narrowest mode (`pilots.smallest_scale`).
+3. Training in rounds (`recipe.stages`) of a sampler (`recipe.default_sampler`) whose
+   noise ends at the width of the narrow places (`pilots.smallest_scale`).
 4. After each stage: draws, weights, and the verdict with an independent probe (a second
-   pilot); ``trust`` also asks that the draws know means and variances well
-   (`agreement.imprecision`) and that the pilots agree (`agreement.disagreement`). It
-   says whether to go on; at the end the best state so judged is kept.
+   pilot); ``trust`` also asks that the draws know means and variances of all sites and
+   coordinates well (`agreement.imprecision`) and that the pilots agree with them and
+   with each other (`agreement.disagreement`). It says whether to go on; at the end the
+   best state so judged is kept.
 5. `DiffusionSampler.run` draws until means and variances are known well, or enough is
    enough.
 
@@ -23,6 +21,7 @@ The pilot only proposes; draws and log Z are those of the sampler's exact weight
 from __future__ import annotations
 
 import functools
+import math
 import time
 import warnings
 from collections.abc import Callable
@@ -35,20 +34,11 @@ import optax
 from jax.sharding import Mesh
 from numpyro.infer import init_to_uniform
 
-from diffsamp import (
-    behaviours,
-    drawing,
-    networks,
-    objectives,
-    probes,
-    samplers,
-    schedules,
-    training,
-)
+from diffsamp import drawing, probes, schedules, training
 from diffsamp.diagnostics import PARETO_K_LIMIT, Diagnostics
 from diffsamp.drawing import Draws
 from diffsamp.energies import as_key
-from diffsamp.numpyro import pilots
+from diffsamp.numpyro import pilots, recipe
 from diffsamp.numpyro.affine import affine_from
 from diffsamp.numpyro.agreement import (
     PRECISE,
@@ -58,8 +48,10 @@ from diffsamp.numpyro.agreement import (
 )
 from diffsamp.numpyro.arviz import to_arviz
 from diffsamp.numpyro.kernel import DiffusionKernel
+from diffsamp.numpyro.quantities import Columns, columns, comparable, constrained
+from diffsamp.numpyro.recipe import default_sampler
 from diffsamp.numpyro.target import ModelTarget, target_from_model
-from diffsamp.sampler import Bounds, Sampler
+from diffsamp.sampler import Sampler
 from diffsamp.summary import summary as table
 from diffsamp.summary import verdict_lines
 from diffsamp.types import (
@@ -72,13 +64,13 @@ from diffsamp.types import (
     as_count,
 )
 
-# Shares of the budget, and of each the share for the stage by forward KL.
-ROUNDS = ((0.15, 0.5), (0.3, 0.6), (0.55, 0.7))
 ENOUGH_ESS = 0.3  # a trusted result below this goes on training while it may
 JUDGED_DRAWS = 10_000
+LEAST_JUDGED = 100  # who asks for fewer is not told that they can be trusted
 MOST_DRAWS = 100_000  # for the sake of precision; more where more are asked for
-ENOUGH_PRECISION = 0.6  # of the standard errors allowed
-IMITATED, BALANCED = 128, 256  # paths per update in the two stages
+ENOUGH_PRECISION = 0.75  # of the standard errors allowed
+HOPELESS_K = 0.85  # k-hat of which more draws will not make one below the limit
+NEGLIGIBLE = 30.0  # nats below the largest log-weight
 
 
 class Trained(NamedTuple):
@@ -87,43 +79,24 @@ class Trained(NamedTuple):
     Attributes:
         target: the posterior, in the affine coordinates in which the sampler works.
         pilot: the points that it was trained on, in these coordinates.
-        probe: independent points.
+        probe: independent points, or None where Ctrl-C or an error prevented them.
         sampler: the sampler.
         params: its parameters.
         fit: result of the last training call.
         cost: evaluations of pilots, training and judging so far.
         seconds: wall time so far.
+        data: arguments and keyword arguments of the model.
     """
 
     target: ModelTarget
     pilot: pilots.Pilot
-    probe: probes.Probe
+    probe: probes.Probe | None
     sampler: Sampler
     params: Params
     fit: training.FitResult | None
     cost: Cost
     seconds: float
-
-
-def default_sampler(
-    dim: int, num_steps: int, *, smallest_scale: float = 0.05, **reference: Any
-) -> Sampler:
-    """The sampler of `DiffusionSampler`: DIS with learned generation variance.
-
-    Args:
-        dim: dimension D.
-        num_steps: steps K.
-        smallest_scale: of `schedules.geometric`.
-        **reference: ``loc`` and ``scale``, where they are not 0 and 1.
-    """
-    return samplers.dis(
-        dim,
-        num_steps,
-        schedule=schedules.geometric(smallest_scale),
-        network=networks.free(learn_variance=True),
-        generation_bounds=Bounds(log_variance=2.0),
-        **reference,
-    )
+    data: tuple
 
 
 class DiffusionSampler:
@@ -134,7 +107,8 @@ class DiffusionSampler:
     Args:
         model: a NumPyro model.
         sampler: ``(dim, num_steps) -> Sampler``, such as ``ds.samplers.dds``, for a
-            posterior that is about a unit normal; by default `default_sampler`.
+            posterior that is about a unit normal; by default
+            `recipe.default_sampler`.
         objective: of the second stage of training; `objectives.log_variance` by
             default.
         behaviour: of that stage; by default half own paths, half paths into the
@@ -143,7 +117,8 @@ class DiffusionSampler:
         num_steps: steps K of the sampler.
         num_particles: of each of the two pilots.
         max_seconds: budget of training, without pilots and compilation.
-        max_energy_evaluations: budget of energies and gradients of training, or None.
+        max_energy_evaluations: budget of energies and gradients of pilots, training and
+            judging, or None. Pilots are not cut short, and draws come on top.
         init_strategy: as in NumPyro.
         mesh: devices to spread the rows of batches and the draws over, or None.
 
@@ -189,19 +164,17 @@ class DiffusionSampler:
         self.model = model
         self.state: Trained | None = None
         self._make_sampler = sampler
-        self._objective = objective or objectives.log_variance()
+        self._objective = objective
         self._behaviour = behaviour
         self._optimizer = optimizer
-        self._num_steps = num_steps
-        self._num_particles = num_particles
+        self._num_steps = as_count("num_steps", num_steps)
+        self._num_particles = as_count("num_particles", num_particles, least=2)
         self._max_seconds = max_seconds
         if max_energy_evaluations is not None:
             as_count("max_energy_evaluations", max_energy_evaluations)
         self._max_energy_evaluations = max_energy_evaluations
         self._init_strategy = init_strategy
         self._mesh = mesh
-        self._args: tuple = ()
-        self._kwargs: dict[str, Any] = {}
         self._draws: Draws | None = None
         self._index: np.ndarray | None = None
 
@@ -225,70 +198,80 @@ class DiffusionSampler:
                 starts; None to train in rounds until the verdict is ``trust`` or the
                 budget is spent.
             *args: arguments of the model.
-            state: what to go on from.
+            state: what to go on from; with the data that it was trained on, or none.
             callback: as in `diffsamp.fit`; a true return value ends training.
             progress_bar: whether to show one.
             **kwargs: keyword arguments of the model.
 
         Returns:
-            The new `state`. Ctrl-C ends training and keeps what there is.
+            The new `state`. Ctrl-C ends training and keeps the best state so far, and
+            so does training that diverges, with a warning; within the pilots Ctrl-C
+            works when the one that runs has ended.
 
         Raises:
-            ValueError: when no points of the posterior are found; see also
-                `target_from_model`.
+            ValueError: when no points of the posterior are found, or state is of other
+                data; see also `target_from_model`.
         """
-        begin = time.perf_counter()
+        if num_updates is not None:
+            as_count("num_updates", num_updates)
         for_target, for_pilots, for_training, for_judging = jax.random.split(
             as_key(key), 4
         )
-        self._remember(args, kwargs)
+        is_over = False
         if state is None:
-            state = self._prepare(for_target, for_pilots)
-        seconds, energy = state.seconds, state.target.energy
+            state, is_over = self._prepare(for_target, for_pilots, args, kwargs)
+        elif (args or kwargs) and not _are_same(state.data, (args, kwargs)):
+            raise ValueError(
+                "state was trained on other data than those given; leave state out to "
+                "train on these (data of the same shape use the compiled code again)"
+            )
+        self.state, self._draws = state, None
+        best, judged = None, num_updates is None
+        if judged and state.fit is not None:
+            best = _grade(self._judge(for_judging)), state.params
+        at_start = self._energies_left(self.state)
         options = {"callback": callback, "progress_bar": progress_bar}
-        best = None
         for i, (stage, budget) in enumerate(self._stages(state, num_updates)):
-            left = self._energies_left(state)
+            left = self._energies_left(self.state)
             if left is not None and left < 1:
+                if self.state.fit is None:
+                    warnings.warn(
+                        "the pilots alone took all of max_energy_evaluations="
+                        f"{self._max_energy_evaluations}, and {-left} more: the "
+                        "sampler is not trained; give more, or fewer num_particles",
+                        UserWarning,
+                        stacklevel=2,
+                    )
                 break
-            fit = training.fit(
-                jax.random.fold_in(for_training, i),
-                state.sampler,
-                stage.objective,
-                energy,
-                behaviour=stage.behaviour,
-                optimizer=stage.optimizer,
-                anneal=schedules.cosine_anneal,
-                ema_decay=0.998,
-                batch_size=stage.batch_size,
-                params=state.params,
-                max_energy_evaluations=left,
-                mesh=self._mesh,
-                **budget,
-                **options,
-            )
-            state = state._replace(
-                params=fit.params,
-                fit=fit,
-                cost=_add(state.cost, fit),
-                seconds=seconds + time.perf_counter() - begin,
-            )
-            self.state, self._draws = state, None
-            ended = fit.stopped_by in ("interrupt", "callback")
-            if num_updates is None:
-                judging = jax.random.fold_in(for_judging, i)
-                report = self._draw(judging, JUDGED_DRAWS).diagnostics
-                state = state._replace(cost=_add(state.cost, report))
-                grade = _grade(report)
-                if best is None or grade >= best[0]:
-                    best = grade, state.params
-                ended |= grade.is_trusted and grade.ess_fraction >= ENOUGH_ESS
-            if ended:
+            if is_over:
                 break
+            if left is not None and at_start is not None and judged:
+                left = min(left, math.ceil(stage.share * at_start))
+            begin = time.perf_counter()
+            try:
+                is_over = self._train(
+                    jax.random.fold_in(for_training, i), stage, left, budget | options
+                )
+                if judged and not is_over:
+                    grade = _grade(self._judge(jax.random.fold_in(for_judging, i)))
+                    if best is None or grade >= best[0]:
+                        best = grade, self.state.params
+                    is_over = grade.is_trusted and grade.ess_fraction >= ENOUGH_ESS
+            except KeyboardInterrupt:
+                is_over = True
+            except training.TrainingDiverged as error:
+                if best is None:
+                    raise
+                warnings.warn(
+                    f"training diverged, and the best state before is kept: {error}",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+                is_over = True
+            seconds = self.state.seconds + time.perf_counter() - begin
+            self.state = self.state._replace(seconds=seconds)
         if best is not None:
-            state = state._replace(params=best[1])
-        seconds += time.perf_counter() - begin
-        self.state = state._replace(seconds=seconds)
+            self.state = self.state._replace(params=best[1])
         return self.state
 
     def run(
@@ -311,30 +294,29 @@ class DiffusionSampler:
         Raises:
             ValueError: when num_samples is below 1; see also `fit`.
         """
-        if num_samples < 1:
-            raise ValueError(f"num_samples must be at least 1, got {num_samples}")
+        as_count("num_samples", num_samples)
         for_training, for_draws, for_picks = jax.random.split(as_key(key), 3)
-        if self.state is None or not self._is_trained_on(args, kwargs):
+        if self.state is None or not _are_same(self.state.data, (args, kwargs)):
             self.fit(for_training, None, *args, progress_bar=progress_bar, **kwargs)
-        state = self._trained()
-        pilot, rest = jax.random.split(for_draws)
-        report = self._draw(pilot, min(num_samples, JUDGED_DRAWS)).diagnostics
-        share = max(report.ess_fraction, 0.1)
-        num_draws = int(np.ceil(num_samples / share))  # so that few are drawn twice
-        most = max(num_draws, MOST_DRAWS)
-        while True:
-            state = state._replace(cost=_add(state.cost, report))
-            self.state, draws = state, self._draw(rest, num_draws)
-            report = draws.diagnostics
-            if not _grade(report).has_error_bar:
-                break  # more draws are no help
-            excess = _least_known(state, draws).excess / ENOUGH_PRECISION
-            wanted = min(1.1 * num_draws * excess**2, most)
-            if excess <= 1 or num_draws >= wanted:
-                break
-            num_draws = int(wanted)
-        self._draws = draws
-        rows = self._draws._replace(x=np.arange(num_draws)[:, None])
+        num_draws, drawn = num_samples, None
+        if num_samples >= LEAST_JUDGED:
+            num_draws = max(num_samples, JUDGED_DRAWS)
+        try:
+            while True:
+                drawn = self._draw(for_draws, num_draws)
+                share = max(drawn.diagnostics.ess_fraction, 0.1)
+                enough = num_samples / share  # so that few are drawn twice
+                wanted = min(self._wanted(drawn), max(enough, MOST_DRAWS))
+                if num_draws >= max(wanted, enough):
+                    break
+                self.state = _with_cost(self._trained(), drawn.diagnostics)
+                num_draws = math.ceil(max(wanted, enough))
+        except KeyboardInterrupt:
+            if drawn is None:
+                raise
+        assert drawn is not None
+        self._draws, num_draws = drawn, len(drawn.x)
+        rows = drawn._replace(x=np.arange(num_draws)[:, None])
         try:
             self._index = rows.resample(for_picks, num_samples)[:, 0]
         except ValueError:  # no weight is positive: the verdict says so
@@ -395,10 +377,11 @@ class DiffusionSampler:
             RuntimeError: before `run`.
         """
         x = self._drawn().x[self._index]
-        sites = self._constrained(x)
-        if group_by_chain:
-            sites = jax.tree.map(lambda a: a[None], sites)
-        return sites
+        sites = constrained(self._trained().target, x)
+        return {
+            name: jnp.asarray(v[None] if group_by_chain else v)
+            for name, v in sites.items()
+        }
 
     def get_weighted_samples(self) -> tuple[dict[str, jax.Array], np.ndarray]:
         """All draws and their normalised log-weights.
@@ -412,10 +395,13 @@ class DiffusionSampler:
         """
         draws = self._drawn()
         log_weight = np.asarray(jax.nn.log_softmax(jnp.asarray(draws.log_weight)))
-        return self._constrained(draws.x), log_weight
+        sites = constrained(self._trained().target, draws.x)
+        return {name: jnp.asarray(v) for name, v in sites.items()}, log_weight
 
     def get_extra_fields(self, group_by_chain: bool = False) -> dict[str, np.ndarray]:
-        """``potential_energy`` and ``log_weight`` of the draws of `get_samples`.
+        """``potential_energy``, ``log_weight``, ``energy_evals`` of `get_samples`.
+
+        The last are energies, with gradient or without, that a draw took.
 
         Args:
             group_by_chain: whether to have a leading axis of one chain.
@@ -423,12 +409,14 @@ class DiffusionSampler:
         Raises:
             RuntimeError: before `run`.
         """
-        draws, affine = self._drawn(), self._trained().target.affine
+        draws, state = self._drawn(), self._trained()
+        affine, price = state.target.affine, state.sampler.evaluations_per_path
         assert draws.log_weight is not None
         assert affine is not None
         fields = {
             "potential_energy": draws.energy + float(affine.log_det),
             "log_weight": draws.log_weight,
+            "energy_evals": np.full(len(draws.x), price.energy + price.gradient),
         }
         fields = {name: values[self._index] for name, values in fields.items()}
         if group_by_chain:
@@ -483,6 +471,14 @@ class DiffusionSampler:
 
     # -- inside -----------------------------------------------------------------------
 
+    @property
+    def _args(self) -> tuple:  # these two are what ArviZ reads, too
+        return self._trained().data[0]
+
+    @property
+    def _kwargs(self) -> dict[str, Any]:
+        return self._trained().data[1]
+
     def _trained(self) -> Trained:
         if self.state is None:
             raise RuntimeError(
@@ -495,84 +491,110 @@ class DiffusionSampler:
             raise RuntimeError("nothing is drawn yet; call run(key, num_samples, ...)")
         return self._draws
 
-    def _remember(self, args, kwargs) -> None:
-        self._args, self._kwargs, self._draws = args, kwargs, None
-
-    def _is_trained_on(self, args, kwargs) -> bool:
-        old, old_tree = jax.tree.flatten((self._args, self._kwargs))
-        new, new_tree = jax.tree.flatten((args, kwargs))
-        same = old_tree == new_tree and len(old) == len(new)
-        return same and all(np.array_equal(a, b) for a, b in zip(old, new, strict=True))
-
-    def _target(self, key) -> ModelTarget:
+    def _target(self, key, args, kwargs) -> ModelTarget:
         """That of the data before with new values, where that is all that differs."""
         if self.state is not None:
             try:
-                found = self.state.target.with_data(*self._args, **self._kwargs)
+                found = self.state.target.with_data(*args, **kwargs)
             except ValueError:
                 pass  # data of another size, or other static arguments
             else:  # which has its compiled code
                 return found.standardised(None)
         return target_from_model(
-            self.model,
-            self._args,
-            self._kwargs,
-            key=key,
-            init_strategy=self._init_strategy,
+            self.model, args, kwargs, key=key, init_strategy=self._init_strategy
         )
 
-    def _prepare(self, for_target, key) -> Trained:
+    def _prepare(self, for_target, key, args, kwargs) -> tuple[Trained, bool]:
+        """A state to train from, and whether Ctrl-C came before there was a probe."""
         begin = time.perf_counter()
-        target = self._target(for_target)
+        target = self._target(for_target, args, kwargs)
         first, second, for_params = jax.random.split(key, 3)
-        found = [
-            pilots.find(k, target, num_particles=self._num_particles)
-            for k in (first, second)
-        ]
-        affine = affine_from(found[0].x)
-        pilot, other = (p._replace(x=pilots.to_y(affine, p.x)) for p in found)
+        find = functools.partial(
+            pilots.find, target=target, num_particles=self._num_particles
+        )
+        pilot, other, is_over = find(first), None, False
+        try:
+            other = find(second)
+        except KeyboardInterrupt:
+            is_over = True
+        except ValueError as error:
+            warnings.warn(
+                "there is no independent probe, and so no verdict of `trust`, for a "
+                f"second pilot failed where the first did not: {error}",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+        affine = affine_from(pilot.x)
+        pilot = pilot._replace(x=pilots.to_y(affine, pilot.x))
         make = self._make_sampler
         if make is None:
             smallest = min(pilots.smallest_scale(pilot.x), 0.05)
             make = functools.partial(default_sampler, smallest_scale=smallest)
         sampler = make(target.dim, self._num_steps)
-        return Trained(
+        cost, probe = _add(Cost(0, 0), pilot), None
+        if other is not None:
+            cost = _add(cost, other)
+            probe = probes.Probe(x=pilots.to_y(affine, other.x), name=other.name)
+        state = Trained(
             target=target.standardised(affine),
             pilot=pilot,
-            probe=probes.Probe(x=other.x, name=other.name),
+            probe=probe,
             sampler=sampler,
             params=sampler.init(for_params),
             fit=None,
-            cost=_add(_add(Cost(0, 0), found[0]), found[1]),
+            cost=cost,
             seconds=time.perf_counter() - begin,
+            data=(args, kwargs),
         )
+        return state, is_over
 
     def _stages(self, state: Trained, num_updates: int | None):
         """``(stage, budget)``, one after the other."""
-        seeded = behaviours.reference_draws(state.pilot.x)
-        both = self._behaviour or behaviours.mixture(
-            (behaviours.on_policy(), 0.5), (seeded, 0.5)
+        stages = recipe.stages(
+            state.pilot.x, self._objective, self._behaviour, self._optimizer
         )
-        imitate = _Stage(
-            objectives.forward_kl(), seeded, self._optimizer or _FAST, IMITATED
-        )
-        balance = _Stage(self._objective, both, self._optimizer or _SLOW, BALANCED)
-        if num_updates is not None:
-            half = num_updates // 2 if state.fit is None else 0
-            if half:
-                yield imitate, {"num_updates": half}
-            yield balance, {"num_updates": num_updates - half}
+        if num_updates is None:
+            for stage in stages:
+                yield stage, {"max_seconds": stage.share * self._max_seconds}
             return
-        for share, imitated in ROUNDS:
-            seconds = share * self._max_seconds
-            yield imitate, {"max_seconds": imitated * seconds}
-            yield balance, {"max_seconds": (1 - imitated) * seconds}
+        half = num_updates // 2 if state.fit is None else 0
+        imitate, balance = next(stages), next(stages)
+        if half:
+            yield imitate, {"num_updates": half}
+        yield balance, {"num_updates": num_updates - half}
+
+    def _train(self, key, stage, max_energy_evaluations, options) -> bool:
+        """One stage; whether somebody ended it."""
+        state = self._trained()
+        fit = training.fit(
+            key,
+            state.sampler,
+            stage.objective,
+            state.target.energy,
+            behaviour=stage.behaviour,
+            optimizer=stage.optimizer,
+            anneal=schedules.cosine_anneal,
+            ema_decay=0.998,
+            batch_size=stage.batch_size,
+            params=state.params,
+            max_energy_evaluations=max_energy_evaluations,
+            mesh=self._mesh,
+            **options,
+        )
+        self.state = _with_cost(state, fit)._replace(params=fit.params, fit=fit)
+        return fit.stopped_by in ("interrupt", "callback")
 
     def _energies_left(self, state: Trained) -> int | None:
         if self._max_energy_evaluations is None:
             return None
         spent = int(state.cost.energy) + int(state.cost.gradient)
         return self._max_energy_evaluations - spent
+
+    def _judge(self, key, num_draws: int = JUDGED_DRAWS) -> Diagnostics:
+        """What draws of the present state say; they are counted."""
+        report = self._draw(key, num_draws).diagnostics
+        self.state = _with_cost(self._trained(), report)
+        return report
 
     def _draw(self, key, num_draws) -> Draws:
         state = self._trained()
@@ -591,51 +613,65 @@ class DiffusionSampler:
         report = draws.diagnostics._replace(verdict=_checked(verdict, state, draws))
         return draws._replace(diagnostics=report)
 
-    def _constrained(self, y) -> dict[str, jax.Array]:
-        return _constrain_all(self._trained().target.constrain, jnp.asarray(y))
+    def _wanted(self, draws: Draws) -> float:
+        """How many draws would be enough, as far as these can tell."""
+        report, num_draws = draws.diagnostics, len(draws.x)
+        if report.collapsed or report.pareto_k > HOPELESS_K:
+            return num_draws
+        if report.pareto_k >= PARETO_K_LIMIT:  # perhaps by chance
+            return 4 * num_draws
+        excess = _least_known(self._trained(), draws)[0].excess / ENOUGH_PRECISION
+        return 1.1 * num_draws * excess**2 if excess > 1 else num_draws
+
+
+def _are_same(data: tuple, other: tuple) -> bool:
+    """Whether two sets of arguments of a model are equal."""
+    old, old_tree = jax.tree.flatten(data)
+    new, new_tree = jax.tree.flatten(other)
+    same = old_tree == new_tree and len(old) == len(new)
+    return same and all(np.array_equal(a, b) for a, b in zip(old, new, strict=True))
 
 
 def _checked(verdict: str, state: Trained, draws: Draws) -> str:
     """The verdict, unless the draws know too little or the two pilots disagree."""
-    affine = state.target.affine
-    assert affine is not None
-    assert draws.log_weight is not None
-    plain = state.target.standardised(None)
-    assert plain.unravel is not None
-    index = plain.unravel(jnp.arange(plain.dim, dtype=jnp.result_type(float)))
-
-    def site_of(coordinate):
-        return next(s for s, i in index.items() if coordinate in np.asarray(i))
-
+    assert state.probe is not None
     unit = {"mean": "standard deviation", "variance": "value"}
-    least = _least_known(state, draws)
+    least, name = _least_known(state, draws)
     if least.excess > 1:
         return (
-            f"reweight (the {least.what} of {site_of(least.coordinate)!r}, "
-            f"unconstrained, has a standard error of {least.error:.2g} of its "
-            f"{unit[least.what]}, more than {PRECISE[least.what]}: a few draws decide "
-            "about it; train longer, or draw more)"
+            f"reweight (the {least.what} of {name} has a standard error of "
+            f"{least.error:.2g} of its {unit[least.what]}, more than "
+            f"{PRECISE[least.what]}: a few draws decide about it; train longer, or "
+            "draw more)"
         )
-    points = (jnp.asarray(v) for v in (draws.x, state.pilot.x, state.probe.x))
-    x, first, second = (pilots.to_x(affine, v) for v in points)
-    found = disagreement(x, draws.log_weight, first, second)
+    own, log_weight = _relevant(state, draws)
+    witnesses = (columns(state.target, v) for v in (state.pilot.x, state.probe.x))
+    own, first, second = comparable(own, *witnesses)
+    found = disagreement(own.values, log_weight, first.values, second.values)
     if found is None:
         return verdict
-    site = site_of(found.coordinate)
+    who = "the two pilots" if found.between_pilots else "draws and pilots"
     return (
-        f"reweight (draws and pilots disagree about the {found.what} of {site!r}, "
-        f"unconstrained, by {found.size:.2g} of its "
+        f"reweight ({who} disagree about the {found.what} of "
+        f"{own.names[found.coordinate]} by {found.size:.2g} of its "
         f"{unit[found.what]}, {found.z:.1f} standard errors: one of them lacks a part "
         "of the posterior; train longer, or give the pilots more particles)"
     )
 
 
-def _least_known(state: Trained, draws: Draws) -> Imprecision:
-    """The mean or variance of an unconstrained coordinate that draws know least."""
-    affine = state.target.affine
-    assert affine is not None
-    assert draws.log_weight is not None
-    return imprecision(pilots.to_x(affine, jnp.asarray(draws.x)), draws.log_weight)
+def _least_known(state: Trained, draws: Draws) -> tuple[Imprecision, str]:
+    """What the draws know least, and the name of the site."""
+    own, log_weight = _relevant(state, draws)
+    own, _ = comparable(own, columns(state.target, state.pilot.x))
+    least = imprecision(own.values, log_weight)
+    return least, own.names[least.coordinate]
+
+
+def _relevant(state: Trained, draws: Draws) -> tuple[Columns, np.ndarray]:
+    """Draws that matter, for there are others where sites overflow."""
+    log_weight = np.asarray(draws.log_weight, np.float64)
+    kept = np.flatnonzero(log_weight > np.nanmax(log_weight) - NEGLIGIBLE)
+    return columns(state.target, np.asarray(draws.x)[kept]), log_weight[kept]
 
 
 class _Grade(NamedTuple):
@@ -651,20 +687,11 @@ def _grade(report: Diagnostics) -> _Grade:
     return _Grade(report.verdict.startswith("trust"), good, report.ess_fraction)
 
 
-class _Stage(NamedTuple):
-    objective: Objective
-    behaviour: Behaviour
-    optimizer: optax.GradientTransformation
-    batch_size: int
-
-
-_FAST, _SLOW = optax.adam(2e-3), optax.adam(1e-3)
 _NO_EVIDENCE = LogEvidence(np.nan, np.inf, np.nan, None)
 
 
-@jax.jit
-def _constrain_all(constrain, y):
-    return jax.vmap(constrain)(y)
+def _with_cost(state: Trained, result: Any) -> Trained:
+    return state._replace(cost=_add(state.cost, result))
 
 
 def _add(cost: Cost, result: Any) -> Cost:

@@ -136,17 +136,18 @@ def _short_chains(key: Key, target: Target):
 
 
 def smallest_scale(y: ArrayLike) -> float:
-    """Width of the narrowest direction in which points lie close together.
+    """Width of the narrow places, in their narrowest direction.
 
-    The smallest standard deviation among the 40 nearest neighbours of a point, median
-    over points, in units of what it is for a unit normal; rounded down to a power of
-    two, so that similar posteriors get equal samplers.
+    The smallest standard deviation among the nearest neighbours of a point, in units of
+    what it is for a unit normal, of which a tenth of the points have a smaller one: a
+    mode or a funnel's neck of less mass is not seen. Rounded down to a power of two, so
+    that similar posteriors get equal samplers.
 
     Args:
         y: points, [N, D], about of unit scale.
 
     Returns:
-        A number in [1/256, 1].
+        A number in [1/256, 1]; 1 where the points are too few for their dimension.
 
     Example:
         >>> import numpy as np
@@ -158,22 +159,25 @@ def smallest_scale(y: ArrayLike) -> float:
         0.015625
     """
     points = np.asarray(y, np.float64)
+    num_near = max(40, 5 * points.shape[1])  # fewer have no width in some directions
+    if len(points) < 2 * num_near:
+        return 1.0
     rng = np.random.default_rng(0)
     normal = rng.normal(size=points.shape)
-    ratio = _local_width(points, rng) / _local_width(normal, rng)
-    return float(np.clip(2.0 ** np.floor(np.log2(max(ratio, 1e-9))), 2.0**-8, 1.0))
+    found, expected = (_local_width(p, num_near, rng) for p in (points, normal))
+    ratio = max(found / expected, 1e-9)
+    return float(np.clip(2.0 ** np.floor(np.log2(ratio)), 2.0**-8, 1.0))
 
 
-def _local_width(points, rng) -> float:
-    size = min(40, len(points))
+def _local_width(points, num_near, rng) -> float:
     chosen = rng.choice(len(points), min(200, len(points)), replace=False)
     widths = []
     for point in points[chosen]:
         distance = np.sum((points - point) ** 2, axis=1)
-        near = points[np.argpartition(distance, size - 1)[:size]]
+        near = points[np.argpartition(distance, num_near - 1)[:num_near]]
         covariance = np.cov(near, rowvar=False).reshape(points.shape[1], -1)
         widths.append(np.linalg.eigvalsh(covariance)[0])
-    return float(np.sqrt(max(np.median(widths), 0.0)))
+    return float(np.sqrt(max(np.quantile(widths, 0.1), 0.0)))
 
 
 def in_affine(energy: Energy, affine: Affine) -> Partial:

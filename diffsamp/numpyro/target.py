@@ -178,11 +178,13 @@ def target_from_model(
     data as arguments, for it computes with their values in Python or NumPy, gets them
     as constants: all of them are static then, and new data compile anew.
 
-    The prior is the product of the latent sites, the log-determinants of their
-    transforms included; the likelihood is everything observed. ``numpyro.factor`` sites
-    are observed and so belong to the likelihood. With `factor`, `handlers.scale` or
-    `handlers.mask` log Z is that of the density so modified; a scaled or masked latent
-    site leaves no normalised prior, and the three prior fields are then None.
+    The prior is the product of the continuous latent sites, the log-determinants of
+    their transforms included; the likelihood is all the rest, summed over discrete
+    sites. Where a continuous site's prior depends on one of these, there is no prior
+    alone. ``numpyro.factor`` sites are observed and so belong to the likelihood. With
+    `factor`, `handlers.scale` or `handlers.mask` log Z is that of the density so
+    modified; a scaled or masked latent site leaves no normalised prior, and the three
+    prior fields are then None.
 
     Values of ``param`` and ``mutable`` sites are frozen as of this call.
 
@@ -294,12 +296,16 @@ def target_from_model(
         initial=initial,
         _program=program,
     )
-    if not (improper or is_modified or is_enumerated):
+    is_split = not (improper or is_modified)
+    if is_split and is_enumerated:
+        is_split = not _depends_on_enumerated(program, data)
+    if is_split:
         sample_prior = bind(_sample_prior)
+        likelihood = _rest_of_log_joint if is_enumerated else _log_likelihood
         target = dataclasses.replace(
             target,
             log_prior=bind(_log_prior),
-            log_likelihood=bind(_log_likelihood),
+            log_likelihood=bind(likelihood),
             sample_prior=sample_prior if _can_sample(sample_prior) else None,
         )
     if standardise is None:
@@ -599,6 +605,33 @@ def _log_likelihood(
     log_probs = _site_log_probs(program, data, affine, y)
     zero = jnp.zeros((), y.dtype)
     return _no_nan(sum((v for s, v in log_probs.items() if s not in prior), zero))
+
+
+@_compiled
+def _rest_of_log_joint(
+    program: _Program, data: tuple, affine: Affine | None, y: Array
+) -> Array:
+    """The likelihood where sites are summed out, which is no sum over sites."""
+    log_prior = _log_prior(program, data, affine, y)
+    return jnp.where(
+        jnp.isneginf(log_prior),
+        -jnp.inf,
+        _no_nan(-_energy(program, data, affine, y) - log_prior),
+    )
+
+
+def _depends_on_enumerated(program: _Program, data: tuple) -> bool:
+    """Whether a continuous site's prior does; it has a dimension left of all plates."""
+    args, kwargs = program.arguments(data)
+    with handlers.trace() as trace:
+        potential = program.potential_fn(*args, **kwargs)
+        jax.eval_shape(lambda x: potential(program.unravel(x)), program.initial)
+    sites = [trace[site] for site in program.site_names]
+    return any(
+        len(site["fn"].batch_shape)
+        > max((-frame.dim for frame in site["cond_indep_stack"]), default=0)
+        for site in sites
+    )
 
 
 @functools.partial(jax.jit, static_argnums=4, inline=True)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from diffsamp.diagnostics import pareto_smooth
-from diffsamp.numpyro.agreement import disagreement, imprecision
+from diffsamp.numpyro.agreement import PRECISE, disagreement, imprecision
 
 
 def test_noise_is_seldom_called_a_disagreement():
@@ -67,8 +67,8 @@ def test_standard_errors_are_those_of_repeats():
         variance = np.sum(weights * (x - centre) ** 2, axis=0)
         found.append((*centre, *variance, imprecision(x, log_weight)))
     spread = np.std([row[:4] for row in found], axis=0)
-    relative = [spread[0] / 0.05, spread[1] / 20 / 0.05, spread[2] / 0.1]
-    relative.append(spread[3] / 400 / 0.1)
+    limits = (*[PRECISE["mean"]] * 2, *[PRECISE["variance"]] * 2)
+    relative = spread / (1, 20, 1, 400) / limits
     excess = np.mean([row[4].excess for row in found])
     assert np.max(relative) == pytest.approx(excess, rel=0.1)
 

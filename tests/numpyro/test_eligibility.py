@@ -97,11 +97,34 @@ def test_discrete_sites_are_summed_out():
     expected = -(log_joint + np.log(share * (1 - share)))
     assert float(target.energy(jnp.array([x]))) == pytest.approx(expected, rel=1e-5)
     assert target.is_proper
-    assert target.log_prior is None  # no density of the continuous sites alone
+    prior = scipy.stats.beta.logpdf(share, 2, 3) + np.log(share * (1 - share))
+    point = jnp.array([x])
+    assert float(target.log_prior(point)) == pytest.approx(prior, rel=1e-5)
+    likelihood = float(target.log_likelihood(point))
+    assert likelihood == pytest.approx(np.log(mixture).sum(), rel=1e-5)
+    assert target.sample_prior(jax.random.key(0), 3).shape == (3, 1)
     sites = jax.vmap(target.constrain)(jnp.full((5, 1), x))
     assert sorted(sites) == ["share"]
     found = Predictive(model, sites, infer_discrete=True)(jax.random.key(0), Y)
     assert found["z"].shape == (5, 3)
+
+
+def test_a_prior_that_depends_on_an_enumerated_site_is_none_alone():
+    pytest.importorskip("funsor")
+
+    def model(y):
+        z = numpyro.sample("z", dist.Bernoulli(0.3), infer={"enumerate": "parallel"})
+        with numpyro.plate("pair", 2):
+            x = numpyro.sample("x", dist.Normal(4.0 * z, 1.0))
+            numpyro.sample("y", dist.Normal(x, 1.0), obs=y)
+
+    target = target_from_model(model, (Y[:2],))
+    assert target.log_prior is None
+    x = np.array([0.3, 2.0])
+    normal = scipy.stats.norm.pdf
+    prior = 0.7 * normal(x, 0, 1).prod() + 0.3 * normal(x, 4, 1).prod()
+    expected = -np.log(prior * normal(Y[:2], x, 1).prod())
+    assert float(target.energy(jnp.asarray(x))) == pytest.approx(expected, rel=1e-5)
 
 
 def test_unmarked_discrete_sites_are_warned_of():

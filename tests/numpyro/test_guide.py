@@ -9,6 +9,7 @@ import numpyro
 import numpyro.distributions as dist
 import optax
 import pytest
+from numpyro import handlers
 from numpyro.infer import (
     SVI,
     Predictive,
@@ -17,7 +18,8 @@ from numpyro.infer import (
     TraceGraph_ELBO,
     TraceMeanField_ELBO,
 )
-from numpyro.infer.autoguide import AutoNormal
+from numpyro.infer.autoguide import AutoGuideList, AutoNormal
+from numpyro.infer.importance import psis_diagnostic
 from tables import mostly_slow
 
 import diffsamp as ds
@@ -183,6 +185,68 @@ def test_quantiles(trained):
     assert np.all(np.diff(quantiles["loc"], axis=0) > 0)
     median = guide.median(result.params, DATA)
     np.testing.assert_allclose(median["loc"], quantiles["loc"][1])
+
+
+@pytest.mark.slow
+def test_medians_of_a_network_that_sees_the_score_of_the_data():
+    """Arguments of the model may come by name."""
+
+    def about(y):
+        loc = numpyro.sample("loc", dist.Normal(0.0, 1.0))
+        numpyro.sample("obs", dist.Normal(loc, 1.0), obs=y)
+
+    guide = AutoDiffusion(about, sampler=guided, num_steps=3)
+    svi = SVI(about, guide, optax.adam(1e-3), Trace_ELBO())
+    result = svi.run(jax.random.key(0), 3, y=DATA, progress_bar=False)
+    median = guide.median(result.params, y=DATA)
+    quantiles = guide.quantiles(result.params, [0.5], y=DATA)
+    np.testing.assert_allclose(median["loc"], quantiles["loc"][0])
+
+
+@pytest.mark.slow
+def test_data_of_another_size(trained):
+    guide, result = trained
+    svi = SVI(model, guide, optax.adam(1e-3), Trace_ELBO())
+    more = jnp.concatenate([DATA, DATA])
+    state = svi.init(jax.random.key(0), more, init_params=result.params)
+    losses = svi.run(jax.random.key(1), 3, more, init_state=state, progress_bar=False)
+    assert np.all(np.isfinite(losses.losses))
+    draws = guide.sample_posterior(
+        jax.random.key(0), losses.params, more, sample_shape=(3,)
+    )
+    assert draws["loc"].shape == (3, 2)
+
+
+@pytest.mark.slow
+def test_numpyros_own_diagnostic_of_a_guide(trained):
+    guide, result = trained
+    k_hat = psis_diagnostic(
+        jax.random.key(0), result.params, model, guide, DATA, num_particles=1_000
+    )
+    assert k_hat < 0.7
+
+
+@pytest.mark.slow
+def test_in_a_list_of_guides():
+    """One site of two; the mean-field part cannot know how they depend."""
+
+    def pair():
+        first = numpyro.sample("first", dist.Normal(1.0, 0.5))
+        numpyro.sample("second", dist.Normal(first, 0.5))
+
+    guides = AutoGuideList(pair)
+    guides.append(AutoNormal(handlers.block(pair, hide=["second"])))
+    other = handlers.block(pair, hide=["first"])
+    guides.append(AutoDiffusion(other, sampler=small, num_steps=3, loc=0.7, scale=0.6))
+    svi = SVI(pair, guides, optax.adam(1e-2), Trace_ELBO(num_particles=8))
+    result = svi.run(jax.random.key(0), 800, progress_bar=False)
+    gap = 0.5 * np.log(2.0)  # of the best guide without correlation
+    assert np.mean(result.losses[-200:]) == pytest.approx(gap, abs=0.15)
+    draws = guides.sample_posterior(
+        jax.random.key(1), result.params, sample_shape=(4_000,)
+    )
+    assert draws["first"].shape == draws["second"].shape == (4_000,)
+    assert draws["second"].mean() == pytest.approx(1.0, abs=0.2)
 
 
 @pytest.mark.slow

@@ -1,5 +1,8 @@
 """DiffusionSampler: from a model to draws, evidence and a verdict."""
 
+import contextlib
+import copy
+import dataclasses
 import functools
 
 import jax
@@ -10,8 +13,10 @@ import numpyro.distributions as dist
 import pytest
 from numpyro.infer import MCMC, NUTS, Predictive
 
+import diffsamp as ds
 from diffsamp.numpyro import Affine, DiffusionSampler, affine_from, pilots
 from diffsamp.numpyro.agreement import PRECISE, imprecision
+from diffsamp.numpyro.inference import _checked
 from diffsamp.types import Target
 
 pytestmark = pytest.mark.relaxed("dtypes", "ranks")
@@ -73,9 +78,10 @@ def test_shapes_are_those_of_mcmc(inference):
         one, other = (m.get_samples(group_by_chain=grouped) for m in (mcmc, inference))
         assert one.keys() == other.keys()
         for name in one:
-            assert one[name].ndim == other[name].ndim
+            assert one[name].shape[1 + grouped :] == other[name].shape[1 + grouped :]
     fields = inference.get_extra_fields(group_by_chain=True)
     assert fields["potential_energy"].shape == fields["log_weight"].shape == (1, 2_000)
+    assert np.all(fields["energy_evals"] == 1)  # the network is shown no score
 
 
 def test_potential_energies_are_in_the_models_coordinates(inference):
@@ -131,39 +137,42 @@ def test_trained_once_for_the_same_data(inference, monkeypatch):
 
 
 def test_draws_until_moments_are_known(inference, monkeypatch):
-    inference.run(jax.random.key(3), 100, y=DATA)
-    assert inference.get_samples()["mean"].shape == (100,)
-    draws = inference.draws
+    made = copy.copy(inference)
+    monkeypatch.setattr("diffsamp.numpyro.inference.JUDGED_DRAWS", 400)
+    made.run(jax.random.key(3), 100, y=DATA)
+    assert made.get_samples()["mean"].shape == (100,)
+    draws = made.draws
     assert len(draws.x) > 1_000  # 0.03 sd for the mean
-    assert imprecision(draws.x, draws.log_weight).excess < 0.7
-    assert inference.diagnostics.verdict.startswith("trust")
+    assert imprecision(draws.x, draws.log_weight).excess < 0.85
+    assert made.diagnostics.verdict.startswith("trust")
     monkeypatch.setattr("diffsamp.numpyro.inference.MOST_DRAWS", 500)
     monkeypatch.setitem(PRECISE, "mean", 0.01)
-    inference.run(jax.random.key(3), 100, y=DATA)
-    assert len(inference.draws.x) == 500
-    assert "has a standard error of" in inference.diagnostics.verdict
-    assert "'mean'" in inference.diagnostics.verdict
+    made.run(jax.random.key(3), 100, y=DATA)
+    assert len(made.draws.x) == 500
+    assert "has a standard error of" in made.diagnostics.verdict
+    assert "(the mean of '" in made.diagnostics.verdict
 
 
 def test_too_few_draws_are_said_to_be_too_few(inference, capsys):
-    inference.run(jax.random.key(3), 1, y=DATA)
-    assert inference.get_samples()["mean"].shape == (1,)
-    inference.print_summary()
+    made = copy.copy(inference)
+    made.run(jax.random.key(3), 1, y=DATA)
+    assert made.get_samples()["mean"].shape == (1,)
+    made.print_summary()
     assert "do not trust: too few draws" in capsys.readouterr().out
 
 
 def test_new_data_of_equal_shape_do_not_compile_the_training_again(inference):
-    compiled = []
+    made, compiled = copy.copy(inference), []
     listener = functools.partial(_note, compiled)
     jax.monitoring.register_event_duration_secs_listener(listener)
     try:
-        inference.fit(jax.random.key(0), 20, y=DATA + 1.0, progress_bar=False)
-        inference.run(jax.random.key(1), 2_000, y=DATA + 1.0)
+        made.fit(jax.random.key(0), 20, y=DATA + 1.0, progress_bar=False)
+        made.run(jax.random.key(1), 2_000, y=DATA + 1.0)
     finally:
         jax.monitoring.unregister_event_duration_listener(listener)
     assert sum(compiled) < 2.0  # of about 15 seconds
     expected = float(jnp.sum(DATA + 1.0)) / PRECISION
-    samples, log_weight = inference.get_weighted_samples()
+    samples, log_weight = made.get_weighted_samples()
     mean = np.exp(log_weight) @ np.asarray(samples["mean"])
     assert mean == pytest.approx(expected, abs=0.05)
 
@@ -196,10 +205,176 @@ def test_fit_goes_on():
 @pytest.mark.slow
 def test_a_budget_of_energies():
     made = small(model, max_energy_evaluations=1)
-    state = made.fit(jax.random.key(0), None, y=DATA, progress_bar=False)
-    assert state.fit is None  # the pilots have spent it
+    with pytest.warns(UserWarning, match="the pilots alone took all of max_energy"):
+        state = made.fit(jax.random.key(0), None, y=DATA, progress_bar=False)
+    assert state.fit is None
     made.run(jax.random.key(1), 50, y=DATA)
     assert made.get_samples()["mean"].shape == (50,)
+
+
+def fails(error, times=1):
+    """`pilots.find` that works `times` times."""
+    find, calls = pilots.find, []
+
+    def find_or_fail(*args, **kwargs):
+        calls.append(1)
+        if len(calls) > times:
+            raise error
+        return find(*args, **kwargs)
+
+    return find_or_fail
+
+
+def test_a_state_stays_with_its_data(inference, monkeypatch):
+    """Draws for new data never come from what was trained on the old."""
+    made = copy.copy(inference)
+    draws = made.draws
+    monkeypatch.setattr(pilots, "find", fails(ValueError("no points"), 0))
+    for _ in range(2):
+        with pytest.raises(ValueError, match="no points"):
+            made.run(jax.random.key(3), 100, y=DATA + 50.0, progress_bar=False)
+    assert made.state is inference.state
+    assert made.draws is draws
+    with pytest.raises(ValueError, match="state was trained on other data"):
+        made.fit(jax.random.key(0), 2, y=DATA + 50.0, state=made.state)
+
+
+def test_to_go_on_needs_no_data_again(inference):
+    made = copy.copy(inference)
+    made.fit(jax.random.key(0), 3, state=made.state, progress_bar=False)
+    assert np.array_equal(made.state.data[1]["y"], DATA)
+    assert len(made.state.fit.metrics["loss"]) == 3
+
+
+@pytest.mark.parametrize("error", [ValueError("hopeless"), KeyboardInterrupt()])
+def test_without_a_second_pilot_there_is_no_trust(inference, monkeypatch, error):
+    made = copy.copy(inference)
+    monkeypatch.setattr(pilots, "find", fails(error))
+    is_error = isinstance(error, ValueError)
+    expect = pytest.warns(RuntimeWarning, match="second pilot failed.*hopeless")
+    with expect if is_error else contextlib.nullcontext():
+        made.fit(jax.random.key(0), 400, y=DATA, progress_bar=False)
+    assert made.state.probe is None
+    assert (made.state.fit is None) != is_error  # Ctrl-C ends all of it
+    made.run(jax.random.key(1), 500, y=DATA)
+    assert not made.diagnostics.verdict.startswith("trust")
+    if is_error:
+        assert "unchecked" in made.diagnostics.verdict
+
+
+def judged(made, monkeypatch, verdicts):
+    """As if the stages had been judged like this; an exception is raised."""
+    found = iter(verdicts)
+    report = made.draws.diagnostics
+
+    def judge(*_):
+        verdict = next(found)
+        if isinstance(verdict, BaseException):
+            raise verdict
+        return report._replace(verdict=verdict, ess_fraction=0.1)
+
+    monkeypatch.setattr(made, "_judge", judge)
+
+
+def stages_of(made, monkeypatch, outcomes):
+    """As if stages had trained this; an exception is raised."""
+    found = iter(outcomes)
+
+    def train(*_):
+        outcome = next(found)
+        if isinstance(outcome, BaseException):
+            raise outcome
+        made.state = made.state._replace(params=outcome)
+        return False
+
+    monkeypatch.setattr(made, "_train", train)
+
+
+def test_the_best_state_so_judged_is_kept(inference, monkeypatch):
+    made = copy.copy(inference)
+    stages_of(made, monkeypatch, "abcdef")
+    judged(made, monkeypatch, ["reweight", "trust", *["reweight"] * 4])
+    assert made.fit(jax.random.key(0), y=DATA, progress_bar=False).params == "b"
+
+
+def test_going_on_never_loses_what_there_was(inference, monkeypatch):
+    made = copy.copy(inference)
+    stages_of(made, monkeypatch, "abcdef")
+    judged(made, monkeypatch, ["trust", *["reweight"] * 6])
+    before = made.state.params
+    assert made.fit(jax.random.key(0), state=made.state).params is before
+
+
+@pytest.mark.parametrize("when", ["training", "judging", "divergence"])
+def test_an_end_before_time_keeps_the_best_state(inference, monkeypatch, when):
+    made = copy.copy(inference)
+    stop = KeyboardInterrupt()
+    if when == "divergence":
+        stop = ds.TrainingDiverged("100 updates in a row", None)
+    trained, verdicts = ["a", "b", "c"], ["trust", "reweight", stop]
+    if when != "judging":
+        trained[2] = stop
+    stages_of(made, monkeypatch, trained)
+    judged(made, monkeypatch, verdicts)
+    warns = when == "divergence"
+    expect = pytest.warns(RuntimeWarning, match="training diverged, and the best")
+    with expect if warns else contextlib.nullcontext():
+        made.fit(jax.random.key(0), y=DATA, progress_bar=False)
+    assert made.state.params == "a"
+
+
+def test_ctrl_c_in_training_ends_it(inference):
+    made = copy.copy(inference)
+
+    def press(*_):
+        raise KeyboardInterrupt
+
+    made.fit(jax.random.key(0), 400, y=DATA, callback=press, progress_bar=False)
+    assert made.state.fit.stopped_by == "interrupt"
+    assert len(made.state.fit.metrics["loss"]) < 200
+    made.run(jax.random.key(1), 50, y=DATA)
+    assert made.get_samples()["mean"].shape == (50,)
+
+
+def test_ctrl_c_while_more_is_drawn_keeps_what_was(inference, monkeypatch):
+    made = copy.copy(inference)
+    draw, sizes = made._draw, []
+
+    def draw_twice(key, num_draws):
+        sizes.append(num_draws)
+        if len(sizes) > 2:
+            raise KeyboardInterrupt
+        return draw(key, num_draws)
+
+    monkeypatch.setattr(made, "_draw", draw_twice)
+    monkeypatch.setattr(made, "_wanted", lambda draws: 2 * len(draws.x))
+    made.run(jax.random.key(3), 5, y=DATA)
+    assert sizes == [5, 10, 20]
+    assert len(made.draws.x) == 10
+
+
+def test_a_budget_of_energies_is_shared_by_the_stages(inference, monkeypatch):
+    made = copy.copy(inference)
+    made._max_energy_evaluations = 10_000_000
+    given = []
+    monkeypatch.setattr(made, "_train", lambda *args: bool(given.append(args[2])))
+    judged(made, monkeypatch, ["reweight"] * 6)
+    made.fit(jax.random.key(0), y=DATA, progress_bar=False)
+    spent = int(made.state.cost.energy) + int(made.state.cost.gradient)
+    assert 0.9 * (10_000_000 - spent) < sum(given) <= 10_000_006 - spent
+
+
+def test_pilots_that_disagree_are_no_witnesses(inference):
+    state, draws = inference.state, inference.draws
+    moved = dataclasses.replace(state.probe, x=state.probe.x + 0.4)
+    verdict = _checked("trust", state._replace(probe=moved), draws)
+    assert verdict.startswith("reweight (the two pilots disagree about the mean of 'm")
+    log_weight = draws.log_weight + 0.5 * draws.x[:, 0]
+    other = draws._replace(log_weight=log_weight)
+    assert "(draws and pilots disagree about the mean" in _checked(
+        "trust", state, other
+    )
+    assert _checked("trust", state, draws) == "trust"
 
 
 @pytest.mark.slow
@@ -231,6 +406,9 @@ def test_before_anything_is_done():
             "max_energy_evaluations must be an integer",
         ),
         (lambda: small(model).run(jax.random.key(0), 0), "num_samples must be at le"),
+        (lambda: small(model).run(jax.random.key(0), 4e3), "num_samples must be an"),
+        (lambda: small(model).fit(jax.random.key(0), 0), "num_updates must be at le"),
+        (lambda: small(model, num_steps=0), "num_steps must be at least"),
     ],
 )
 def test_bad_arguments_are_named(call, words):
@@ -271,6 +449,16 @@ def test_the_integral_is_the_same_in_affine_coordinates(x64):
         for e in (energy, in_y)
     ]
     assert totals[0] == pytest.approx(totals[1], rel=1e-8)
+
+
+def test_the_narrow_places_set_the_smallest_scale():
+    rng = np.random.default_rng(0)
+    for dim in (1, 60):
+        assert pilots.smallest_scale(rng.normal(size=(2_048, dim))) >= 0.5
+        assert pilots.smallest_scale(rng.normal(size=(50, dim))) == 1.0
+    z = rng.normal(size=(2_048, 2))
+    share = (rng.random((2_048, 1)) < 0.2) * 0.98
+    assert pilots.smallest_scale((1 - share) * z + 3 * (share > 0)) < 0.1
 
 
 @pytest.mark.slow
