@@ -210,25 +210,42 @@ def multistart(
     )
 
 
+class SMCFailed(ValueError):
+    """Tempered SMC did not reach the target.
+
+    Attributes:
+        num_energy_evaluations: energies that it evaluated alone.
+        num_gradient_evaluations: energies evaluated with gradient.
+    """
+
+    def __init__(self, message: str, result: mcmc.SMCResult):
+        super().__init__(message)
+        self.num_energy_evaluations = int(result.num_energy_evaluations)
+        self.num_gradient_evaluations = int(result.num_gradient_evaluations)
+
+
 def _from_smc(result: mcmc.SMCResult, name: str) -> Probe:
     if float(result.log_z) == -np.inf:
-        raise ValueError(
+        raise SMCFailed(
             f"the energy is not finite at any of {len(result.particles)} particles of "
             f"{name}: check its support and sign (energy = -log density), and where "
-            "the reference stands"
+            "the reference stands",
+            result,
         )
     if not bool(result.reached_target):
-        raise ValueError(
+        raise SMCFailed(
             f"{name} stopped at inverse temperature {float(result.beta):.3g}; raise "
-            "num_particles or num_mcmc_steps, or give a wider reference"
+            "num_particles or num_mcmc_steps, or give a wider reference",
+            result,
         )
     num_particles = len(result.particles)
     distinct = int(mcmc.num_distinct(result))
     if distinct < mcmc.MIN_DISTINCT * num_particles:
-        raise ValueError(
+        raise SMCFailed(
             f"{name} left only {distinct} distinct points of {num_particles}: its "
             "moves were rejected; raise num_mcmc_steps, or give a loc and a scale "
-            "nearer to the target's (ds.standardise finds them)"
+            "nearer to the target's (ds.standardise finds them)",
+            result,
         )
     log_weight = jnp.asarray(result.log_weight)
     return Probe(

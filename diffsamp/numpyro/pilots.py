@@ -21,6 +21,7 @@ from diffsamp.numpyro.affine import Affine, affine_from, energy_in
 from diffsamp.types import Array, ArrayLike, Energy, Key, Target
 
 _NUM_CHAINS = 32
+_SCATTER = (1.0, 3.0)  # standard deviations of starts, taken in turn
 _ITERATIONS = 60
 _TREE_DEPTH = 6  # of NUTS in coordinates fitted before; deeper, one chain delays all
 _WIDER = 2.0  # standard deviations of a fitted Gaussian to temper from
@@ -63,7 +64,7 @@ def find(key: Key, target: Target, *, num_particles: int = 2048) -> Pilot:
         (64, 6)
     """
     from_prior, from_chains = jax.random.split(as_key(key))
-    tried = ""
+    tried, num_energies, num_gradients = "", 0, 0
     if target.sample_prior is not None:
         try:
             probe = probes.smc_from_prior(
@@ -71,10 +72,14 @@ def find(key: Key, target: Target, *, num_particles: int = 2048) -> Pilot:
             )
         except ValueError as error:
             tried = f"{error}; and then: "
+            if isinstance(error, probes.SMCFailed):  # which has cost something
+                num_energies = error.num_energy_evaluations
+                num_gradients = error.num_gradient_evaluations
         else:
             return _as_pilot(probe, probe.x)
     chains, tempering = jax.random.split(from_chains)
-    draws, num_energies, num_gradients = _short_chains(chains, target)
+    draws, *spent = _short_chains(chains, target)
+    num_energies, num_gradients = num_energies + spent[0], num_gradients + spent[1]
     affine = affine_from(draws)
     try:
         probe = probes.smc(
@@ -103,6 +108,7 @@ def _short_chains(key: Key, target: Target):
     scatter, downhill, pick, run = jax.random.split(key, 4)
     centre = getattr(target, "initial", None)
     starts = jax.random.normal(scatter, (_NUM_CHAINS, target.dim))
+    starts *= jnp.resize(jnp.asarray(_SCATTER), (_NUM_CHAINS, 1))
     starts = starts if centre is None else centre.astype(starts.dtype) + starts
     points, energies = mcmc.pathfinder(
         downhill, target.energy, starts, max_iterations=_ITERATIONS

@@ -461,14 +461,29 @@ def test_the_narrow_places_set_the_smallest_scale():
     assert pilots.smallest_scale((1 - share) * z + 3 * (share > 0)) < 0.1
 
 
+def far_energy(x):
+    return 0.5 * jnp.sum(((x - jnp.array([30.0, -4.0])) / jnp.array([0.1, 2.0])) ** 2)
+
+
+@pytest.mark.slow
+def test_a_prior_that_leads_nowhere_has_its_price():
+    target = Target(
+        energy=far_energy,
+        dim=2,
+        sample_prior=lambda key, n: jax.random.normal(key, (n, 2)),
+        log_prior=lambda x: -0.5 * jnp.sum(x**2),
+        log_likelihood=lambda x: jnp.where(x[0] > 20, 0.0, -jnp.inf),
+    )
+    found = pilots.find(jax.random.key(0), target, num_particles=512)
+    alone = dataclasses.replace(target, sample_prior=None)
+    other = pilots.find(jax.random.key(0), alone, num_particles=512)
+    np.testing.assert_array_equal(found.x, other.x)
+    assert found.num_energy_evaluations >= other.num_energy_evaluations + 512
+
+
 @pytest.mark.slow
 def test_pilots_without_a_prior_find_a_far_narrow_place():
-    def energy(x):
-        return 0.5 * jnp.sum(
-            ((x - jnp.array([30.0, -4.0])) / jnp.array([0.1, 2.0])) ** 2
-        )
-
-    target = Target(energy=energy, dim=2)
+    target = Target(energy=far_energy, dim=2)
     found = pilots.find(jax.random.key(0), target, num_particles=512)
     np.testing.assert_allclose(found.x.mean(axis=0), [30.0, -4.0], atol=0.5)
     np.testing.assert_allclose(found.x.std(axis=0), [0.1, 2.0], rtol=0.2)
