@@ -268,6 +268,8 @@ class DiffusionSampler:
                     stacklevel=2,
                 )
                 is_over = True
+                trained = getattr(error, "fit_result", None)
+                self.state = _with_cost(self.state, trained)
             seconds = self.state.seconds + time.perf_counter() - begin
             self.state = self.state._replace(seconds=seconds)
         if best is not None:
