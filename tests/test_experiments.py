@@ -361,8 +361,10 @@ def test_the_grid_of_steps_says_whether_few_learned_ones_are_better(
         GRID_ROW
         | few
         | {"name": "TB for both", "seed": 0, "diverged": True, "gap": 7.0}
-        | {"verdict": "do not trust: k-hat"}
+        | {"verdict": "do not trust: k-hat", "separate_optimisers": False}
     )
+    short = {"max_seconds": 30.0, "python": "3.12"}
+    rows.append(rows[-1] | short | {"diverged": False, "gap": 8.0, "seed": 1})
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)))
     arguments("table", path)
@@ -373,7 +375,11 @@ def test_the_grid_of_steps_says_whether_few_learned_ones_are_better(
     gaps = "1.200 (1.400) | 0.800 (1.000)"
     assert f"| gmm25 | {gaps} | 0.050 (0.050) | 0.040 (0.040) | yes |" in text
     assert f"| gmm40 | {gaps} | 0.050 (0.050) | 0.200 (0.200) | no |" in text
-    assert "jax 0.10" in text
+    grid, ablation, shorter = (text.split("over seeds;")[i] for i in (1, 2, 3))
+    assert "1,000 energy evaluations and 90 s of updates" in grid
+    assert "2,000 draws; cpu, Python 3.11, jax 0.10." in grid
+    assert "| gmm25 | TB for both | 5 | 1 | 0 | 8.000 (8.000) |" in ablation
+    assert "evaluations and 30 s of updates; 2,000 draws; cpu, Python 3.12" in shorter
 
 
 def test_the_grid_goes_on_where_it_stopped(tmp_path, arguments, monkeypatch):
@@ -399,6 +405,17 @@ def test_the_grid_goes_on_where_it_stopped(tmp_path, arguments, monkeypatch):
     script.main()
     compared = [(t, *c, 7) for t in script.MANY_WELLS for c in script.COMPARED]
     assert ran[7:] == compared * len(script.BY_COORDINATES)
+    del ran[:]
+    for changed in (
+        ("--seconds", 5),
+        ("--energy-evaluations", 100),
+        ("--batch-size", 64),
+        ("--num-draws", 50),
+    ):
+        for _ in range(2):
+            arguments("grid", "--seeds", 7, *options, *changed)
+            script.main()
+    assert ran == [("gmm25", 5, kernels, 7) for kernels in script.KERNELS] * 4
 
 
 def test_table_of_exploration(tmp_path, arguments, capsys):
@@ -487,6 +504,34 @@ def test_settings_of_the_grid_make_what_they_say(kernels):
         needs, has = objective.requires, behaviour.provides
         assert has.target_draws or not needs.target_draws
         assert has.on_policy or not needs.on_policy
+
+
+def test_two_optimisers_clip_each_kernels_gradient():
+    script = _script("adaptive_destruction")
+    (two, whole), (one, all_of_it) = (
+        script.make_optimizer(script.Setting(separate_optimisers=separate))
+        for separate in (True, False)
+    )
+    assert (whole, all_of_it) == (None, 1.0)
+    params = {
+        "sampler": {"generation": jnp.ones(2), "destruction": jnp.ones(2)},
+        "objective": {},
+    }
+
+    def second_update(optimizer, large):
+        """Of destruction, where generation had a large gradient first."""
+        state, update = optimizer.init(params), None
+        for size in (large, 1.0):
+            gradient = {"generation": jnp.full(2, size), "destruction": jnp.ones(2)}
+            gradient = {"sampler": gradient, "objective": {}}
+            update, state = optimizer.update(gradient, state, params)
+        return update["sampler"]
+
+    small, large = (second_update(two, size) for size in (1.0, 1e6))
+    np.testing.assert_array_equal(small["destruction"], large["destruction"])
+    np.testing.assert_allclose(small["generation"], large["generation"], rtol=1e-5)
+    moved = second_update(one, 1e6)["generation"]  # unclipped, Adam remembers it
+    assert float(jnp.max(jnp.abs(moved - large["generation"]))) > 1e-4
 
 
 @pytest.mark.slow
