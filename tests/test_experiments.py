@@ -268,6 +268,16 @@ def test_table_of_amortised_sampling(tmp_path, arguments, capsys):
     assert lines[8] == "| generation | 5 | 0, 1 | - | - | - | 0.500 | - |"
     assert "2 of 6 images left out for an R-hat above 1.05" in lines[-1]
     assert "effective draws at least 70" in lines[-1]
+    alone = "1.3e+03 gradients (those of the SMC not counted) per image"
+    assert alone in lines[-1]
+    counted = {"smc_gradient_evaluations": 2e3, "smc_energy_evaluations": 6e2}
+    for some, said in (
+        ([row | counted for row in rows], "2.0e+03 gradients and 2.0e+02 energies per"),
+        ([rows[0] | counted, *rows[1:]], alone),
+    ):
+        out.write_text("".join(json.dumps(row) + "\n" for row in some))
+        _script("amortised").main()
+        assert said in capsys.readouterr().out
     arguments("table", tmp_path / "none.jsonl")
     with pytest.raises(SystemExit, match=r"no rows in .*none\.jsonl"):
         _script("amortised").main()
@@ -577,10 +587,15 @@ def test_a_small_amortised_run(tmp_path, arguments, monkeypatch, capsys):
         assert np.isfinite(row["elbo_gap"])
         assert len(row["images"]["ess"]) == 2
         assert row["w2_ratio"] > 0
+        # 64 particles for each of two images, of which every move counts.
+        assert row["smc_gradient_evaluations"] > 2 * 64
+        assert row["smc_energy_evaluations"] >= 2 * 64 * 3
     capsys.readouterr()
     arguments("table", out)
     script.main()
-    assert "| both | 5 | 0 |" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "| both | 5 | 0 |" in said
+    assert re.search(r"included\) and \S+ gradients and \S+ energies per image", said)
 
 
 def test_transport_between_mode_shares():
