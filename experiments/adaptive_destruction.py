@@ -285,7 +285,7 @@ def train_and_evaluate(problem, num_steps, kernels, setting, seed, args):
         "variance_ratio_low": ratios.quantiles[:, 0].tolist(),
         "variance_ratio_high": ratios.quantiles[:, -1].tolist(),
         "variance_share_outside": ratios.share_outside,
-        "num_updates": len(fit.metrics["loss"]),
+        "num_updates": int(fit.state.count),  # none, where SMC took the whole budget
         "num_skipped": fit.num_skipped,
         "energy_evaluations": fit.num_energy_evaluations + fit.num_gradient_evaluations,
         "network_evaluations": fit.num_network_evaluations,

@@ -566,6 +566,99 @@ def test_a_small_benchmark(tmp_path, arguments, monkeypatch):
     assert rows[0]["elbo_gap"] > 0
 
 
+def _without_the_last(path):
+    """The rows of a file, of which the last is taken out."""
+    rows = _script("rows").read(path)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows[:-1]))
+    return rows
+
+
+@pytest.mark.slow
+def test_a_small_run_of_adaptive_destruction(tmp_path, arguments, monkeypatch, capsys):
+    script = _script("adaptive_destruction")
+    monkeypatch.setattr(script, "WIDTH", 8)
+    monkeypatch.setattr(script, "COORDINATE_WIDTH", 8)
+    monkeypatch.setattr(script, "NUM_PARTICLES", 64)
+    out = tmp_path / "rows.jsonl"
+    settings = ["TB + TLM, replay by rank", "two optimisers"]
+    budget = ("--seconds", 30, "--energy-evaluations", 150_000, "--batch-size", 128)
+    budget += ("--num-draws", 100, "--seeds", 0, "--out", out)
+    commands = (
+        ("grid", "--targets", "gmm25", "--num-steps", 1),
+        ("ablation", "--num-steps", 2, "--settings", *settings),
+        ("coordinatewise", "--targets", "manywell", "--settings", "coordinatewise"),
+    )
+    for command in commands:
+        arguments(*command, *budget)
+        script.main()
+    rows = _without_the_last(out)
+    names = ["grid"] * 3 + settings + ["coordinatewise"] * 2
+    assert [row["name"] for row in rows] == names
+    for row in rows:
+        assert row["stopped_by"] == "max_energy_evaluations"
+        assert row["energy_evaluations"] >= 150_000
+        assert row["num_updates"] > 0
+        assert not row["diverged"]
+        assert np.isfinite([row["gap"], row["mode_tv"], row["w2"]]).all()
+        assert len(row["variance_ratio_low"]) == row["num_steps"]
+    script.main()  # the last again, and no other
+    again = script.read(out)
+    assert again[:-1] == rows[:-1]
+    for same in ("name", "seed", "num_steps", "num_updates"):  # seconds anneal the rest
+        assert again[-1][same] == rows[-1][same]
+    script.main()  # nothing left to do
+    assert script.read(out) == again
+    capsys.readouterr()
+    arguments("table", out)
+    script.main()
+    said = capsys.readouterr().out
+    for label in ("1 | fixed", "TB + TLM, replay by rank | 2", "two optimisers | 2"):
+        assert f"| gmm25 | {label} | 1 |" in said
+    assert said.count("150,000 energy evaluations and 30 s of updates") == 3
+    arguments("plot", out, "--figure", tmp_path / "figure.png")
+    script.main()
+    assert (tmp_path / "figure.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_a_small_run_of_exploration(tmp_path, arguments, monkeypatch, capsys):
+    script = _script("exploration")
+    small = {"num_steps": 2, "num_updates": 3, "width": 8, "batch_size": 16}
+    few = {**small, "methods": ("exploration", "local_search")}
+    cells = (
+        script.Cell("gmm25", 7.0, 0.08, **few),
+        script.Cell("manywell", **script.MANY_WELLS | small),
+    )
+    monkeypatch.setattr(script, "CELLS", cells)
+    monkeypatch.setattr(script, "NUM_PARTICLES", 64)
+    out = tmp_path / "rows.jsonl"
+    arguments("run", "--seeds", 0, "--num-draws", 100, "--out", out)
+    script.main()
+    rows = _without_the_last(out)
+    assert [(row["target"], row["method"]) for row in rows] == [
+        (cell.target, method) for cell in cells for method in cell.methods
+    ]
+    for row in rows:
+        assert row["num_updates"] == 3
+        assert row["num_skipped"] == 0
+        assert row["energy_evaluations"] > 0
+        assert np.isfinite([row["gap"], row["elbo_gap"], row["w2"]]).all()
+        found = "modes_found" if row["target"] == "gmm25" else "well_error"
+        assert np.isfinite(row[found])
+    script.main()  # the last again, and no other
+    again = script.read(out)
+    assert again[:-1] == rows[:-1]
+    assert again[-1]["gap"] == pytest.approx(rows[-1]["gap"], rel=1e-6)
+    script.main()  # nothing left to do
+    assert script.read(out) == again
+    capsys.readouterr()
+    arguments("table", out)
+    script.main()
+    said = capsys.readouterr().out
+    assert "| gmm25 | local_search | 0 |" in said
+    assert "| manywell | trust_region | 0 |" in said
+
+
 @pytest.mark.slow
 def test_a_small_amortised_run(tmp_path, arguments, monkeypatch, capsys):
     pytest.importorskip("sklearn")
