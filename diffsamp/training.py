@@ -1018,7 +1018,8 @@ def _check_parts(sampler, objective, behaviour, batch_size) -> None:
         )
     if requires.anchor and not provides.anchor:
         raise ValueError(
-            "this objective fits a trust region; use behaviours.trust_region() alone"
+            "this objective fits a trust region; use behaviours.trust_region(), by "
+            "itself or in a behaviours.mixture"
         )
     if sampler.condition_dim and not provides.conditions:
         raise ValueError(

@@ -11,10 +11,12 @@ kernels learned} x six targets, every cell with the same caps on energy evaluati
 on seconds; `coordinatewise` compares 5 steps of both kernels learned with 20 fixed ones
 on the many-wells, with a small network for every coordinate. `ablation` trains 5 steps
 (or --num-steps) with both kernels learned in every way that could go wrong: loss, rows,
-rates, bounds, backbone. One Adam for all parameters is no setting of its own: it takes
-the same steps as one for each kernel, coordinate by coordinate. All append one JSON
-line per run to --out and skip runs that are already there, so they can be stopped,
-started again, and split over processes by --targets or --seeds.
+rates, bounds, backbone, optimiser. Adam treats every number by itself, so that one for
+each kernel differs from one for all by what is clipped: `fit` clips the norm of the
+whole gradient to 1, by which a large one of either kernel scales down the other's, and
+"two optimisers" that of each kernel. All append one JSON line per run to --out and skip
+runs that are already there with the same budget, so they can be stopped, started again,
+and split over processes by --targets or --seeds.
 """
 
 from __future__ import annotations
@@ -86,12 +88,14 @@ class Setting:
     log_variance_bound: float = 4.0
     coordinatewise: bool = False
     learning_rate: float = 2e-3
+    separate_optimisers: bool = False
 
 
 BY_COORDINATES = {
     "coordinatewise": {},
     "coordinatewise, reverse KL weighs 0.1": {"reverse_weight": 0.1},
 }
+ON_POLICY_BALANCE = {"objective": "tb_tlm", "behaviour": "on_policy"}
 ABLATION = {
     "default": {},
     "shared backbone": {"shared_backbone": True},
@@ -108,12 +112,26 @@ ABLATION = {
     "TB + TLM": {"objective": "tb_tlm"},
     "TB with target copy + TLM": {"objective": "tb_copy_tlm"},
     "TB + TLM, shared backbone": {"objective": "tb_tlm", "shared_backbone": True},
-    "TB + TLM, on-policy": {"objective": "tb_tlm", "behaviour": "on_policy"},
+    "TB + TLM, on-policy": ON_POLICY_BALANCE,
     "TB + TLM, exploration": {"objective": "tb_tlm", "behaviour": "exploration"},
     "TB + TLM, replay by rank": {"objective": "tb_tlm", "behaviour": "by_rank"},
     "TB for both, on-policy": {"objective": "tb", "behaviour": "on_policy"},
     "TB for both, replay by rank": {"objective": "tb", "behaviour": "by_rank"},
     "reverse KL, on-policy": {"objective": "reverse_kl", "behaviour": "on_policy"},
+    "two optimisers": {"separate_optimisers": True},
+    **{
+        f"TB + TLM, on-policy, {name}": ON_POLICY_BALANCE | change
+        for name, change in {
+            "destruction learns 10 times slower": {"destruction_rate": 0.1},
+            "destruction learns 3 times faster": {"destruction_rate": 3.0},
+            "destruction frozen for 500 updates": {"frozen_updates": 500},
+            "two optimisers": {"separate_optimisers": True},
+        }.items()
+    },
+    "TB with target copy + TLM, on-policy": {
+        "objective": "tb_copy_tlm",
+        "behaviour": "on_policy",
+    },
 }
 
 
@@ -183,25 +201,35 @@ def make_behaviour(setting):
         "by_rank": lambda: b.mixture(
             (on_policy, 0.5),
             (b.exploration(noise), 0.25),
-            (b.replay(10_000, priority=ds.buffers.by_rank()), 0.25),
+            (b.replay(20_000, priority=ds.buffers.by_rank()), 0.25),
         ),
     }[setting.behaviour]()
+
+
+def make_optimizer(setting):
+    """The optimiser, and the norm to which `fit` clips the whole gradient."""
+
+    def adam(rate):
+        if not setting.separate_optimisers:
+            return optax.adam(rate)
+        return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate))
+
+    rate = setting.learning_rate
+    groups = {
+        "generation": adam(rate),
+        "backbone": adam(rate),
+        "destruction": adam(rate * setting.destruction_rate),
+        "log_z": adam(rate),
+    }
+    whole = None if setting.separate_optimisers else 1.0
+    return optax.multi_transform(groups, ds.param_labels), whole
 
 
 def train_and_evaluate(problem, num_steps, kernels, setting, seed, args):
     """One run; a flat dict of numbers."""
     target = ds.targets.by_name(problem.target)
     sampler = make_sampler(problem, target.dim, num_steps, kernels, setting)
-    rate, mesh = setting.learning_rate, mesh_of(args.mesh)
-    optimizer = optax.multi_transform(
-        {
-            "generation": optax.adam(rate),
-            "backbone": optax.adam(rate),
-            "destruction": optax.adam(rate * setting.destruction_rate),
-            "log_z": optax.adam(rate),
-        },
-        ds.param_labels,
-    )
+    (optimizer, max_grad_norm), mesh = make_optimizer(setting), mesh_of(args.mesh)
     key = jax.random.key(seed)
     try:
         fit = ds.fit(
@@ -211,6 +239,7 @@ def train_and_evaluate(problem, num_steps, kernels, setting, seed, args):
             target.energy,
             behaviour=make_behaviour(setting),
             optimizer=optimizer,
+            max_grad_norm=max_grad_norm,
             anneal=ds.schedules.cosine_anneal,
             batch_size=args.batch_size,
             max_seconds=args.seconds,
@@ -256,7 +285,7 @@ def train_and_evaluate(problem, num_steps, kernels, setting, seed, args):
         "variance_ratio_low": ratios.quantiles[:, 0].tolist(),
         "variance_ratio_high": ratios.quantiles[:, -1].tolist(),
         "variance_share_outside": ratios.share_outside,
-        "num_updates": len(fit.metrics["loss"]),
+        "num_updates": int(fit.state.count),  # none, where SMC took the whole budget
         "num_skipped": fit.num_skipped,
         "energy_evaluations": fit.num_energy_evaluations + fit.num_gradient_evaluations,
         "network_evaluations": fit.num_network_evaluations,
@@ -299,7 +328,12 @@ def ablation(args):
     run(cells, args)
 
 
+BUDGET = ("batch_size", "num_draws", "max_seconds", "max_energy_evaluations")
+
+
 def run(cells, args):
+    given = args.batch_size, args.num_draws, args.seconds, args.energy_evaluations
+    budget = dict(zip(BUDGET, given, strict=True))
     for seed in args.seeds:
         for problem, num_steps, kernels, name, setting in cells:
             cell = {
@@ -309,19 +343,11 @@ def run(cells, args):
                 "kernels": kernels,
                 "seed": seed,
             }
-            done = [{k: row[k] for k in cell} for row in read(args.out)]
-            if cell in done:
+            wanted = {**cell, **budget}
+            if wanted in [{k: row[k] for k in wanted} for row in read(args.out)]:
                 continue
             found = train_and_evaluate(problem, num_steps, kernels, setting, seed, args)
-            row = {
-                **cell,
-                **dataclasses.asdict(setting),
-                "batch_size": args.batch_size,
-                "num_draws": args.num_draws,
-                "max_seconds": args.seconds,
-                "max_energy_evaluations": args.energy_evaluations,
-                **found,
-            }
+            row = {**cell, **dataclasses.asdict(setting), **budget, **found}
             append(args.out, row)
             brief = {k: found.get(k) for k in ("elbo_gap", "gap", "mode_tv", "error")}
             print(*cell.values(), brief, flush=True)
@@ -346,8 +372,15 @@ COLUMNS = (
 
 
 def table(args):
-    rows, heads = rows_of(args.files), [column[0] for column in COLUMNS]
-    lines, ablations = [], []
+    rows, lines = rows_of(args.files), []
+    for budget in dict.fromkeys(map(_budget_of, rows)):
+        lines += _tables([row for row in rows if _budget_of(row) == budget])
+    print("\n".join(lines))
+
+
+def _tables(rows):
+    """Those of runs with one budget, which a note under each says."""
+    lines, heads = [], [column[0] for column in COLUMNS]
     for name in ("grid", *BY_COORDINATES):
         body = []
         for target, *rest in itertools.product(TARGETS, STEPS, KERNELS):
@@ -357,20 +390,30 @@ def table(args):
             labels = ["target", "steps", "learned", "runs", "`trust`"]
             lines += [f"{name}:", "", *markdown([*labels, *heads], body), ""]
             lines += [*claim(rows, name), ""]
+            lines += [_note([r for r in rows if r["name"] == name]), ""]
+    body = []
     for target, num_steps, name in itertools.product(TARGETS, STEPS, ABLATION):
         own = [r for r in rows if _cell_of(r) == (name, target, num_steps, "both")]
-        ablations += _line([target, name, num_steps], own)
-    if ablations:
+        body += _line([target, name, num_steps], own)
+    if body:
         labels = ["target", "both kernels learned", "steps", "runs", "`trust`"]
-        lines += [*markdown([*labels, *heads], ablations), ""]
-    first = rows[0]
-    note = (
-        f"Mean (worst) over seeds; batch {first['batch_size']}, at most "
-        f"{first['max_energy_evaluations']:,} energy evaluations and "
-        f"{first['max_seconds']:.0f} s of updates; {first['num_draws']:,} draws; "
-        f"{described(first)}."
+        lines += [*markdown([*labels, *heads], body), ""]
+        lines += [_note([r for r in rows if r["name"] in ABLATION]), ""]
+    return lines
+
+
+def _budget_of(row):
+    return tuple(row[name] for name in BUDGET)
+
+
+def _note(rows):
+    batch_size, num_draws, max_seconds, max_energy_evaluations = _budget_of(rows[0])
+    places = " or ".join(dict.fromkeys(map(described, rows)))
+    return (
+        f"Mean (worst) over seeds; batch {batch_size}, at most "
+        f"{max_energy_evaluations:,} energy evaluations and {max_seconds:.0f} s of "
+        f"updates; {num_draws:,} draws; {places}."
     )
-    print("\n".join([*lines, note]))
 
 
 def claim(rows, name):

@@ -217,10 +217,12 @@ def make_family(seed):
     vae, elbo = train_vae(jax.random.fold_in(key, 0), train)
     numbers = {"vae_seconds": time.perf_counter() - begin, "vae_train_elbo": elbo}
     images, begin = held_out[: SETTING.num_images], time.perf_counter()
-    nuts, info, smc_log_z = run_nuts(jax.random.fold_in(key, 1), vae["decoder"], images)
+    nuts, info, smc = run_nuts(jax.random.fold_in(key, 1), vae["decoder"], images)
     numbers |= {
         "nuts_seconds": time.perf_counter() - begin,
         "nuts_gradient_evaluations": int(info.num_gradient_evaluations.sum()),
+        "smc_gradient_evaluations": int(smc.num_gradient_evaluations.sum()),
+        "smc_energy_evaluations": int(smc.num_energy_evaluations.sum()),
         "nuts_divergences": int(info.num_divergences.sum()),
         "nuts_rhat": [float(split_gelman_rubin(x).max()) for x in nuts],
         "nuts_ess": [float(effective_sample_size(x).min()) for x in nuts],
@@ -235,7 +237,7 @@ def make_family(seed):
         ],
     }
     log_z = np.array([e.estimate for e in evidences])
-    numbers["smc_log_z_error"] = (smc_log_z - log_z).tolist()
+    numbers["smc_log_z_error"] = (smc.log_z - log_z).tolist()
     return Family(
         energy=Partial(joint_energy, vae["decoder"]),
         vae=vae,
@@ -272,7 +274,7 @@ def run_nuts(key, decoder, images):
             num_warmup=SETTING.num_warmup,
             num_draws=SETTING.num_nuts_draws,
         )
-        return draws, info, smc.log_z
+        return draws, info, smc
 
     out = run(decoder, jax.random.split(key, len(images)), jnp.asarray(images))
     return jax.tree.map(np.asarray, out)
@@ -594,7 +596,6 @@ def note(rows):
     smc = [e for row in each for e in _mixed(row, row["smc_log_z_error"])]
     num_images = sum(len(row["nuts_rhat"]) for row in each)
     seconds = sum(row["nuts_seconds"] for row in each) / num_images
-    gradients = sum(row["nuts_gradient_evaluations"] for row in each) / num_images
     return (
         f"Mean over {first['num_images']} held-out images and all seeds (worst seed; "
         f"worst image of any seed), {first['num_draws']:,} draws per image; the last "
@@ -603,12 +604,26 @@ def note(rows):
         f"{num_images - len(kept)} of {num_images} images left out for an R-hat above "
         f"{MAX_RHAT}, the others at most {max(kept):.3f}, effective draws at least "
         f"{ess:.0f}, {seconds:.1f} s (compilation and the tempered SMC for its starts "
-        f"included) and {gradients:.1e} gradients per image. Standard error of the "
+        f"included) and {evaluations(each)} per image. Standard error of the "
         f"reference's log Z at most {max(errors):.3f}; that SMC, "
         f"{first['num_particles']} particles, is off by "
         f"{np.sqrt(np.mean(np.square(smc))):.2f} (root mean square). "
         f"{described(first)}."
     )
+
+
+def evaluations(rows):
+    """Of the NUTS runs of these rows and of the SMC that starts them, for one image."""
+    num_images = sum(len(row["nuts_rhat"]) for row in rows)
+
+    def mean(*names):
+        return sum(row[name] for row in rows for name in names) / num_images
+
+    nuts, smc = "nuts_gradient_evaluations", "smc_gradient_evaluations"
+    if not all(smc in row for row in rows):  # older ones
+        return f"{mean(nuts):.1e} gradients (those of the SMC not counted)"
+    energies = mean("smc_energy_evaluations")
+    return f"{mean(nuts, smc):.1e} gradients and {energies:.1e} energies"
 
 
 def summarise(rows, name, form, badness):

@@ -59,7 +59,12 @@ SAMPLERS = {
     "dds_learned": _sampler(
         ds.samplers.dds,
         network=ds.networks.free(**SMALL, learn_variance=True),
-        destruction_network=ds.networks.reference_guided(**SMALL),
+        destruction_network=ds.networks.free(**SMALL, learn_variance=True),
+    ),
+    "dis_learned": _sampler(
+        ds.samplers.dis,
+        network=ds.networks.annealed_score_guided(**SMALL, learn_variance=True),
+        destruction_network=ds.networks.free(**SMALL, learn_variance=True),
     ),
     "dis_shared": _sampler(
         ds.samplers.dis,
@@ -117,6 +122,7 @@ LEARNED = [
     "pis_learned",
     "pis_shared",
     "dds_learned",
+    "dis_learned",
     "dis_shared",
     "scds",
     "scds_data",

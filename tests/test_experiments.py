@@ -268,6 +268,16 @@ def test_table_of_amortised_sampling(tmp_path, arguments, capsys):
     assert lines[8] == "| generation | 5 | 0, 1 | - | - | - | 0.500 | - |"
     assert "2 of 6 images left out for an R-hat above 1.05" in lines[-1]
     assert "effective draws at least 70" in lines[-1]
+    alone = "1.3e+03 gradients (those of the SMC not counted) per image"
+    assert alone in lines[-1]
+    counted = {"smc_gradient_evaluations": 2e3, "smc_energy_evaluations": 6e2}
+    for some, said in (
+        ([row | counted for row in rows], "2.0e+03 gradients and 2.0e+02 energies per"),
+        ([rows[0] | counted, *rows[1:]], alone),
+    ):
+        out.write_text("".join(json.dumps(row) + "\n" for row in some))
+        _script("amortised").main()
+        assert said in capsys.readouterr().out
     arguments("table", tmp_path / "none.jsonl")
     with pytest.raises(SystemExit, match=r"no rows in .*none\.jsonl"):
         _script("amortised").main()
@@ -361,8 +371,10 @@ def test_the_grid_of_steps_says_whether_few_learned_ones_are_better(
         GRID_ROW
         | few
         | {"name": "TB for both", "seed": 0, "diverged": True, "gap": 7.0}
-        | {"verdict": "do not trust: k-hat"}
+        | {"verdict": "do not trust: k-hat", "separate_optimisers": False}
     )
+    short = {"max_seconds": 30.0, "python": "3.12"}
+    rows.append(rows[-1] | short | {"diverged": False, "gap": 8.0, "seed": 1})
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)))
     arguments("table", path)
@@ -373,7 +385,11 @@ def test_the_grid_of_steps_says_whether_few_learned_ones_are_better(
     gaps = "1.200 (1.400) | 0.800 (1.000)"
     assert f"| gmm25 | {gaps} | 0.050 (0.050) | 0.040 (0.040) | yes |" in text
     assert f"| gmm40 | {gaps} | 0.050 (0.050) | 0.200 (0.200) | no |" in text
-    assert "jax 0.10" in text
+    grid, ablation, shorter = (text.split("over seeds;")[i] for i in (1, 2, 3))
+    assert "1,000 energy evaluations and 90 s of updates" in grid
+    assert "2,000 draws; cpu, Python 3.11, jax 0.10." in grid
+    assert "| gmm25 | TB for both | 5 | 1 | 0 | 8.000 (8.000) |" in ablation
+    assert "evaluations and 30 s of updates; 2,000 draws; cpu, Python 3.12" in shorter
 
 
 def test_the_grid_goes_on_where_it_stopped(tmp_path, arguments, monkeypatch):
@@ -399,6 +415,17 @@ def test_the_grid_goes_on_where_it_stopped(tmp_path, arguments, monkeypatch):
     script.main()
     compared = [(t, *c, 7) for t in script.MANY_WELLS for c in script.COMPARED]
     assert ran[7:] == compared * len(script.BY_COORDINATES)
+    del ran[:]
+    for changed in (
+        ("--seconds", 5),
+        ("--energy-evaluations", 100),
+        ("--batch-size", 64),
+        ("--num-draws", 50),
+    ):
+        for _ in range(2):
+            arguments("grid", "--seeds", 7, *options, *changed)
+            script.main()
+    assert ran == [("gmm25", 5, kernels, 7) for kernels in script.KERNELS] * 4
 
 
 def test_table_of_exploration(tmp_path, arguments, capsys):
@@ -489,6 +516,34 @@ def test_settings_of_the_grid_make_what_they_say(kernels):
         assert has.on_policy or not needs.on_policy
 
 
+def test_two_optimisers_clip_each_kernels_gradient():
+    script = _script("adaptive_destruction")
+    (two, whole), (one, all_of_it) = (
+        script.make_optimizer(script.Setting(separate_optimisers=separate))
+        for separate in (True, False)
+    )
+    assert (whole, all_of_it) == (None, 1.0)
+    params = {
+        "sampler": {"generation": jnp.ones(2), "destruction": jnp.ones(2)},
+        "objective": {},
+    }
+
+    def second_update(optimizer, large):
+        """Of destruction, where generation had a large gradient first."""
+        state, update = optimizer.init(params), None
+        for size in (large, 1.0):
+            gradient = {"generation": jnp.full(2, size), "destruction": jnp.ones(2)}
+            gradient = {"sampler": gradient, "objective": {}}
+            update, state = optimizer.update(gradient, state, params)
+        return update["sampler"]
+
+    small, large = (second_update(two, size) for size in (1.0, 1e6))
+    np.testing.assert_array_equal(small["destruction"], large["destruction"])
+    np.testing.assert_allclose(small["generation"], large["generation"], rtol=1e-5)
+    moved = second_update(one, 1e6)["generation"]  # unclipped, Adam remembers it
+    assert float(jnp.max(jnp.abs(moved - large["generation"]))) > 1e-4
+
+
 @pytest.mark.slow
 def test_a_small_benchmark(tmp_path, arguments, monkeypatch):
     benchmark = _script("benchmark")
@@ -509,6 +564,99 @@ def test_a_small_benchmark(tmp_path, arguments, monkeypatch):
         assert row["w2_ratio"] > 0
         assert row["sinkhorn_ratio"] > 0
     assert rows[0]["elbo_gap"] > 0
+
+
+def _without_the_last(path):
+    """The rows of a file, of which the last is taken out."""
+    rows = _script("rows").read(path)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows[:-1]))
+    return rows
+
+
+@pytest.mark.slow
+def test_a_small_run_of_adaptive_destruction(tmp_path, arguments, monkeypatch, capsys):
+    script = _script("adaptive_destruction")
+    monkeypatch.setattr(script, "WIDTH", 8)
+    monkeypatch.setattr(script, "COORDINATE_WIDTH", 8)
+    monkeypatch.setattr(script, "NUM_PARTICLES", 64)
+    out = tmp_path / "rows.jsonl"
+    settings = ["TB + TLM, replay by rank", "two optimisers"]
+    budget = ("--seconds", 30, "--energy-evaluations", 150_000, "--batch-size", 128)
+    budget += ("--num-draws", 100, "--seeds", 0, "--out", out)
+    commands = (
+        ("grid", "--targets", "gmm25", "--num-steps", 1),
+        ("ablation", "--num-steps", 2, "--settings", *settings),
+        ("coordinatewise", "--targets", "manywell", "--settings", "coordinatewise"),
+    )
+    for command in commands:
+        arguments(*command, *budget)
+        script.main()
+    rows = _without_the_last(out)
+    names = ["grid"] * 3 + settings + ["coordinatewise"] * 2
+    assert [row["name"] for row in rows] == names
+    for row in rows:
+        assert row["stopped_by"] == "max_energy_evaluations"
+        assert row["energy_evaluations"] >= 150_000
+        assert row["num_updates"] > 0
+        assert not row["diverged"]
+        assert np.isfinite([row["gap"], row["mode_tv"], row["w2"]]).all()
+        assert len(row["variance_ratio_low"]) == row["num_steps"]
+    script.main()  # the last again, and no other
+    again = script.read(out)
+    assert again[:-1] == rows[:-1]
+    for same in ("name", "seed", "num_steps", "num_updates"):  # seconds anneal the rest
+        assert again[-1][same] == rows[-1][same]
+    script.main()  # nothing left to do
+    assert script.read(out) == again
+    capsys.readouterr()
+    arguments("table", out)
+    script.main()
+    said = capsys.readouterr().out
+    for label in ("1 | fixed", "TB + TLM, replay by rank | 2", "two optimisers | 2"):
+        assert f"| gmm25 | {label} | 1 |" in said
+    assert said.count("150,000 energy evaluations and 30 s of updates") == 3
+    arguments("plot", out, "--figure", tmp_path / "figure.png")
+    script.main()
+    assert (tmp_path / "figure.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_a_small_run_of_exploration(tmp_path, arguments, monkeypatch, capsys):
+    script = _script("exploration")
+    small = {"num_steps": 2, "num_updates": 3, "width": 8, "batch_size": 16}
+    few = {**small, "methods": ("exploration", "local_search")}
+    cells = (
+        script.Cell("gmm25", 7.0, 0.08, **few),
+        script.Cell("manywell", **script.MANY_WELLS | small),
+    )
+    monkeypatch.setattr(script, "CELLS", cells)
+    monkeypatch.setattr(script, "NUM_PARTICLES", 64)
+    out = tmp_path / "rows.jsonl"
+    arguments("run", "--seeds", 0, "--num-draws", 100, "--out", out)
+    script.main()
+    rows = _without_the_last(out)
+    assert [(row["target"], row["method"]) for row in rows] == [
+        (cell.target, method) for cell in cells for method in cell.methods
+    ]
+    for row in rows:
+        assert row["num_updates"] == 3
+        assert row["num_skipped"] == 0
+        assert row["energy_evaluations"] > 0
+        assert np.isfinite([row["gap"], row["elbo_gap"], row["w2"]]).all()
+        found = "modes_found" if row["target"] == "gmm25" else "well_error"
+        assert np.isfinite(row[found])
+    script.main()  # the last again, and no other
+    again = script.read(out)
+    assert again[:-1] == rows[:-1]
+    assert again[-1]["gap"] == pytest.approx(rows[-1]["gap"], rel=1e-6)
+    script.main()  # nothing left to do
+    assert script.read(out) == again
+    capsys.readouterr()
+    arguments("table", out)
+    script.main()
+    said = capsys.readouterr().out
+    assert "| gmm25 | local_search | 0 |" in said
+    assert "| manywell | trust_region | 0 |" in said
 
 
 @pytest.mark.slow
@@ -532,10 +680,15 @@ def test_a_small_amortised_run(tmp_path, arguments, monkeypatch, capsys):
         assert np.isfinite(row["elbo_gap"])
         assert len(row["images"]["ess"]) == 2
         assert row["w2_ratio"] > 0
+        # 64 particles for each of two images, of which every move counts.
+        assert row["smc_gradient_evaluations"] > 2 * 64
+        assert row["smc_energy_evaluations"] >= 2 * 64 * 3
     capsys.readouterr()
     arguments("table", out)
     script.main()
-    assert "| both | 5 | 0 |" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "| both | 5 | 0 |" in said
+    assert re.search(r"included\) and \S+ gradients and \S+ energies per image", said)
 
 
 def test_transport_between_mode_shares():

@@ -878,7 +878,11 @@ UNDEFINED = [
     ("reverse_kl_log_derivative", "reference_draws", "needs on-policy rows"),
     ("forward_kl", "on_policy", r"needs paths into target draws.*smc_seeded"),
     ("forward_kl", "mixture", r"needs paths into target draws.*reference_draws"),
-    ("trust_region_log_variance", "on_policy", r"use behaviours.trust_region\(\)"),
+    (
+        "trust_region_log_variance",
+        "on_policy",
+        r"use behaviours.trust_region\(\), by itself or in a behaviours.mixture",
+    ),
     ("log_variance", "replay", r"only repeats what another one found.*on_policy\(\)"),
 ]
 

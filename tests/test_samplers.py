@@ -1,5 +1,6 @@
 """What every sampler promises: values, keys, compilation, dtypes, gradients, memory."""
 
+import dataclasses
 import functools
 import math
 import types
@@ -8,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from tables import (
     PROCESSES,
     SAMPLERS,
@@ -527,12 +529,18 @@ def test_control_of_wrong_size_is_named(size):
 
 @pytest.mark.parametrize(
     "name",
-    mostly_slow([*"pis dds dis gbs pis_shared dis_shared".split()], "pis_shared"),
+    mostly_slow(
+        [*"pis dds dis gbs scds cdds pis_shared dis_shared".split()],
+        "pis_shared",
+        "cdds",
+    ),
 )
 def test_what_is_learned_starts_at_the_reference(x64, name):
     """Means and variances of both kernels are the fixed ones until trained."""
     factory = getattr(ds.samplers, name.removesuffix("_shared"))
     options = {"loc": (0.5, -1.0), "scale": (2.0, 0.7)}
+    if name == "scds":
+        options["finest"] = 12  # with as many steps nothing else is learned
     learned = {"learn_generation_variance": True, "learn_destruction": True}
     if name.endswith("_shared"):
         learned["backbone"] = ds.networks.backbone(width=8)
@@ -547,3 +555,77 @@ def test_what_is_learned_starts_at_the_reference(x64, name):
     )
     np.testing.assert_allclose(found.log_generation, same.log_generation, rtol=1e-9)
     np.testing.assert_allclose(found.log_destruction, same.log_destruction, rtol=1e-9)
+    if name == "cdds":  # its process knows no mean; the network's is the skip alone
+        step, skip = fixed.steps(), 0.25 / ((1 - fixed.steps().time) ** 2 + 0.25)
+        signal = fixed.process.schedule.signal(step.next_time)
+        ys = fixed.unit(path.xs)
+        mean = (jnp.sqrt(signal) * skip)[:, None] * ys[:-1]
+        by_hand = [
+            _log_normal(y, m, jnp.full(2, std)) - np.log(2.0 * 0.7)
+            for y, m, std in zip(ys[1:], mean, step.generation_std, strict=True)
+        ]
+        np.testing.assert_allclose(found.log_generation, by_hand, rtol=1e-9)
+
+
+FACTORIES = ("pis", "dds", "dis", "gbs", "scds", "cdds")
+GIVEN = {
+    "learn_generation_variance": ("generation", "network"),
+    "learn_destruction": ("destruction", "destruction_network"),
+}
+
+
+@pytest.mark.parametrize("argument", GIVEN)
+@pytest.mark.parametrize("name", FACTORIES)
+def test_a_given_network_learns_the_variance_that_is_asked_for(name, argument):
+    factory, (kernel, given) = getattr(ds.samplers, name), GIVEN[argument]
+    switch = "learn_variance"
+    if name == "scds" and kernel == "generation":
+        switch = "flow_tied"
+    for module in (
+        ds.networks.free(8, 1),
+        ds.networks.coordinatewise(8, 1, use_score=False, output_clip=7.0),
+    ):
+        on = dataclasses.replace(module, module=module.module.clone(**{switch: True}))
+        reduced = ds.networks.reduced_precision
+        for network, learned in (
+            (module, on),
+            (on, on),
+            (reduced(module), reduced(on)),
+        ):
+            asked = factory(2, 4, **{given: network, argument: True})
+            assert getattr(asked, kernel) == learned
+            assert asked == factory(2, 4, **{given: learned})
+            assert getattr(factory(2, 4, **{given: network}), kernel) == network
+    params = jax.eval_shape(asked.init, jax.random.key(0))
+    key = jax.eval_shape(lambda: jax.random.key(1))
+    jax.eval_shape(lambda p, k: asked(p, k, skewed_energy), params, key)
+    default = getattr(factory(2, 4, **{argument: True}), kernel)
+    assert getattr(default.module, switch)
+
+
+class _NoSwitch(nn.Module):
+    @nn.compact
+    def __call__(self, x, t, context):
+        return nn.Dense(x.shape[-1])(x)
+
+
+@pytest.mark.parametrize("argument", GIVEN)
+@pytest.mark.parametrize("name", FACTORIES)
+def test_a_network_that_cannot_learn_the_variance_is_named(name, argument):
+    factory, (_, given) = getattr(ds.samplers, name), GIVEN[argument]
+    function = ds.networks.from_function(
+        lambda key, dim: (), lambda p, x, t, context: jnp.concatenate([x, x])
+    )
+    reduced = ds.networks.reduced_precision(
+        ds.networks.linen(_NoSwitch(), needs_score=False)
+    )
+    for network, kind in (
+        (function, "FunctionControl"),
+        (ds.networks.contractive(8, 1), "ContractiveModule"),
+        (ds.networks.linen(_NoSwitch(), needs_score=False), "_NoSwitch"),
+        (reduced, "_NoSwitch"),
+    ):
+        factory(2, 4, **{given: network})
+        match = rf"{argument}=True needs .*{kind}; take .*leave {argument} out"
+        with pytest.raises(ValueError, match=match):
+            factory(2, 4, **{given: network, argument: True})

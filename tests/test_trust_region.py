@@ -1,5 +1,7 @@
 """Trust region: the tempering, the loss of a round, what a round keeps, its cost."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -177,10 +179,95 @@ def test_a_mixture_has_one_at_most():
         ds.behaviours.mixture(*twice)
 
 
-def learned_destruction():
+def learned_destruction(**options):
     network = ds.networks.free(4, learn_variance=True)
     return ds.samplers.dis(
-        2, 2, network=network, destruction_network=ds.networks.free(4)
+        2, 2, network=network, destruction_network=ds.networks.free(4), **options
+    )
+
+
+def one_update_at_a_time(sampler, objective, behaviour, num_updates, **options):
+    """Start and state after each update, in a list."""
+    start = perturbed(sampler.init(KEY), 0.1)
+    states, now = [], {"params": start}
+    for _ in range(num_updates):
+        fit = ds.fit(
+            KEY,
+            sampler,
+            objective,
+            skewed_energy,
+            behaviour=behaviour,
+            ema_decay=None,
+            num_updates=1,
+            batch_size=16,
+            progress_bar=False,
+            **options,
+            **now,
+        )
+        states.append(fit.state)
+        now = {"state": fit.state}
+    assert int(fit.state.num_skipped) == 0
+    return start, states
+
+
+def same(before, after):
+    pairs = zip(*map(jax.tree.leaves, (before, after)), strict=True)
+    return all(np.array_equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.relaxed("dtypes")
+def test_destruction_frozen_but_for_the_last_update_of_a_round():
+    """As the docstring of the behaviour has it."""
+    o, b, every = ds.objectives, ds.behaviours, 3
+    at_the_end = o.gradient_scale(
+        o.trajectory_likelihood(), destruction=lambda count: (count + 1) % every == 0
+    )
+    rates = {"generation": optax.adam(1e-2), "destruction": optax.adam(1e-2, b1=0.0)}
+    start, states = one_update_at_a_time(
+        learned_destruction(),
+        o.weighted_sum((o.trust_region_log_variance(), 1.0), (at_the_end, 1.0)),
+        b.mixture((b.trust_region(64, every=every), 0.5), (b.on_policy(), 0.5)),
+        2 * every + 1,
+        optimizer=optax.multi_transform(rates, ds.param_labels),
+    )
+    params = [start, *(state.params["sampler"] for state in states)]
+    for kernel, expected in (
+        ("generation", [False] * 7),
+        ("destruction", [True, True, False, True, True, False, True]),
+    ):
+        pairs = itertools.pairwise(p[kernel] for p in params)
+        assert [same(*pair) for pair in pairs] == expected
+
+
+@pytest.mark.relaxed("dtypes")
+def test_a_shared_backbone_moves_destruction_but_not_the_target_of_a_round():
+    sampler = learned_destruction(backbone=ds.networks.backbone(4, 1))
+    behaviour = ds.behaviours.trust_region(64, every=4)
+    start, states = one_update_at_a_time(
+        sampler,
+        ds.objectives.trust_region_log_variance(),
+        behaviour,
+        4,
+        optimizer=optax.adam(1e-2),
+    )
+    params = [state.params["sampler"] for state in states]
+    assert same(start["destruction"], params[-1]["destruction"])
+    assert not same(start["backbone"], params[0]["backbone"])
+    rounds = [state.behaviour_state for state in states]
+    assert same(rounds[0], rounds[1])
+    assert same(rounds[0], rounds[2])
+    score = jax.jit(jax.vmap(sampler.score_path, in_axes=(None, 0)))
+    before, after = (score(p, rounds[0].paths) for p in (start, params[2]))
+    # Not those of the kernel now, but of the one that began the round.
+    kept, now = np.asarray(rounds[2].log_weight), np.asarray(after.log_weight)
+    np.testing.assert_allclose(kept, before.log_weight, rtol=1e-4, atol=1e-4)
+    moved = np.abs(np.sum(after.log_destruction - before.log_destruction, axis=1))
+    assert np.max(moved) > 1e-2
+    assert np.max(np.abs(kept - now)) > 1e-2
+    assert int(rounds[3].num_rounds) == 2
+    last = score(params[3], rounds[3].paths)
+    np.testing.assert_allclose(
+        rounds[3].log_weight, last.log_weight, rtol=1e-4, atol=1e-4
     )
 
 

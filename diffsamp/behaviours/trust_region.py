@@ -65,9 +65,11 @@ def trust_region(
     """Rows from the paths of a round, with the tempered weights they should get.
 
     For `objectives.trust_region_log_variance`, which needs it and ignores the other
-    rows of a mixture. A learned destruction kernel is part of w. That objective gives
-    it no gradient; another one may, on rows of its own: what a round asks for is kept
-    with its paths, and does not move with the kernel before the next round.
+    rows of a mixture. A learned destruction kernel is part of w. That objective has no
+    gradient in it, but moves it by a shared backbone; another objective may train it,
+    on rows of its own. What a round asks for is kept with its paths and moves with
+    neither. To have the kernel itself stand still within a round, as the paper assumes,
+    give it networks of its own and train it at the last update of each, as below.
 
     Metrics: ``trust_region_exponent``, 1 once the target itself is within the budget,
     and ``trust_region_divergence``. The first batch of a round is on-policy.
@@ -87,15 +89,26 @@ def trust_region(
         >>> rounds.provides.anchor
         True
 
-        With learned destruction:
+        Destruction learned from on-policy rows, but between rounds alone. Its Adam has
+        no momentum, which would carry the move on into the next round:
 
-        >>> behaviour = ds.behaviours.mixture(
-        ...     (rounds, 0.5), (ds.behaviours.on_policy(), 0.5)
+        >>> import optax
+        >>> o, b, every = ds.objectives, ds.behaviours, 100
+        >>> behaviour = b.mixture(
+        ...     (b.trust_region(1_024, every=every), 0.5), (b.on_policy(), 0.5)
         ... )
-        >>> objective = ds.objectives.weighted_sum(
-        ...     (ds.objectives.trust_region_log_variance(), 1.0),
-        ...     (ds.objectives.trajectory_likelihood(), 1.0),
+        >>> at_the_end = o.gradient_scale(
+        ...     o.trajectory_likelihood(),
+        ...     destruction=lambda count: (count + 1) % every == 0,
         ... )
+        >>> objective = o.weighted_sum(
+        ...     (o.trust_region_log_variance(), 1.0), (at_the_end, 1.0)
+        ... )
+        >>> rates = {
+        ...     "generation": optax.adam(1e-3),
+        ...     "destruction": optax.adam(1e-3, b1=0.0),
+        ... }
+        >>> optimizer = optax.multi_transform(rates, ds.param_labels)
     """
     if num_paths < 2 or every < 1 or not max_divergence > 0:
         raise ValueError(

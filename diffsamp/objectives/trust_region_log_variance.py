@@ -8,9 +8,17 @@ loss, on a batch of these paths, is
 
 with log p the sum of log-generations of the current parameters and log p_i that of the
 parameters at the start of the round. It vanishes exactly at P_{i+1}; neither its
-normaliser nor log Z is needed. Destruction enters through l alone and gets no gradient.
-In the first batch of a round log p = log p_i, and the gradient is eta times that of
-log-variance.
+normaliser nor log Z is needed. In the first batch of a round log p = log p_i, and the
+gradient is eta times that of log-variance.
+
+Destruction enters through l alone, as it was at the start of the round: l and log p_i
+are numbers kept with the paths. This loss has no gradient in log q, yet a learned
+destruction kernel can move within a round: with a shared backbone, whose features log p
+trains and log q uses, too, or by another objective in a sum. That does not move what
+the round asks for, P_{i+1} with Q as it was; the next round weighs its paths with Q as
+it is then, whose last states have the target's law as well. What is lost is that all
+rounds approach one and the same Q, which the paper assumes. `behaviours.trust_region`
+shows how to keep Q fixed but between rounds.
 """
 
 from __future__ import annotations

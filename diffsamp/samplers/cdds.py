@@ -25,7 +25,7 @@ from diffsamp import networks, schedules
 from diffsamp.networks import Control
 from diffsamp.processes import Renoising
 from diffsamp.sampler import Bounds, Sampler
-from diffsamp.samplers.common import FEW_STEPS, free_destruction
+from diffsamp.samplers.common import FEW_STEPS, destruction_control, with_variance
 
 
 def cdds(
@@ -56,17 +56,20 @@ def cdds(
         time_grid: ``num_steps -> times``; uniform by default.
         smallest_std: noise of the last step, in units of the reference's scale.
         network: by default `networks.consistency`.
-        learn_generation_variance: whether the default network also learns how much
-            noise each step has.
-        learn_destruction: whether the destruction kernel is learned.
-        destruction_network: its control, which implies ``learn_destruction``; by
-            default `networks.free` with ``step_conditioned=True``.
+        learn_generation_variance: whether the network also learns how much noise each
+            step has. It switches on ``learn_variance`` of a given network.
+        learn_destruction: whether mean and variance of the destruction kernel are
+            learned. It switches on ``learn_variance`` of a given destruction network.
+        destruction_network: its control; by default `networks.free` with
+            ``step_conditioned=True``. Given alone, it learns what it returns: without
+            ``learn_variance`` the mean.
         generation_bounds: how far the generation kernel may leave the reference's.
         destruction_bounds: the same of the destruction kernel.
         condition_dim: size of the condition of a conditional energy.
 
     Raises:
-        ValueError: see `Sampler`; when smallest_std is not in (0, 1).
+        ValueError: see `Sampler`; when smallest_std is not in (0, 1), or a given
+            network cannot learn the variance that it is asked to learn.
 
     Example:
         >>> import jax, diffsamp as ds
@@ -76,8 +79,6 @@ def cdds(
         >>> student(params, jax.random.key(1), target.energy).xs.shape
         (2, 2)
     """
-    if destruction_network is None:
-        destruction_network = free_destruction(learn_destruction, step_conditioned=True)
     return Sampler(
         dim=dim,
         num_steps=num_steps,
@@ -86,9 +87,14 @@ def cdds(
             time_grid or schedules.power_grid(),
             smallest_std,
         ),
-        generation=network
-        or networks.consistency(learn_variance=learn_generation_variance),
-        destruction=destruction_network,
+        generation=with_variance(
+            network or networks.consistency(),
+            learn_generation_variance,
+            "learn_generation_variance",
+        ),
+        destruction=destruction_control(
+            destruction_network, learn_destruction, step_conditioned=True
+        ),
         loc=loc,
         scale=scale,
         condition_dim=condition_dim,

@@ -15,18 +15,65 @@ Sendera et al. 2024, who take c = 4.
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
 from diffsamp import networks
-from diffsamp.networks import Control
+from diffsamp.networks import Control, LinenControl, ReducedPrecision
 from diffsamp.sampler import Bounds
 
 DEFAULT_BOUNDS = Bounds()
 FEW_STEPS = Bounds(log_variance=10.0)  # as little noise as 1/150 of the reference's
 
 
-def free_destruction(
-    learned: bool, *, step_conditioned: bool = False
+def destruction_control(
+    network: Control | None, learned: bool, *, step_conditioned: bool = False
 ) -> Control | None:
-    """A control of mean and variance of the destruction kernel, if it is learned."""
-    if not learned:
-        return None
-    return networks.free(learn_variance=True, step_conditioned=step_conditioned)
+    """The control of the destruction kernel, or None where nothing of it is learned."""
+    if network is None:
+        if not learned:
+            return None
+        network = networks.free(step_conditioned=step_conditioned)
+    return with_variance(network, learned, "learn_destruction")
+
+
+def with_variance(
+    control: Control, learned: bool, argument: str, *, switch: str = "learn_variance"
+) -> Control:
+    """The control, with the variance of its kernel learned where that was asked for.
+
+    Args:
+        control: a Flax control whose module has the switch; any, if not learned.
+        learned: whether it is asked for; otherwise the control is returned as it is.
+        argument: name of the argument that asks, for the error.
+        switch: field of the module, ``learn_variance`` or ``flow_tied``.
+
+    Raises:
+        ValueError: when the control has no such switch.
+
+    Example:
+        >>> import diffsamp as ds
+        >>> from diffsamp.samplers.common import with_variance
+        >>> given = ds.networks.free(width=32)
+        >>> learned = with_variance(given, True, "learn_generation_variance")
+        >>> learned == ds.networks.free(width=32, learn_variance=True)
+        True
+    """
+    if not learned or not hasattr(control, "init"):  # which `Sampler` reports
+        return control
+    if isinstance(control, ReducedPrecision):
+        network = with_variance(control.network, learned, argument, switch=switch)
+        return dataclasses.replace(control, network=network)
+    if not isinstance(control, LinenControl) or not hasattr(control.module, switch):
+        kind = type(getattr(control, "module", control)).__name__
+        raise ValueError(
+            f"{argument}=True needs a network that can learn the variance, with the "
+            f"field {switch} of its Flax module to switch on, got {kind}; take "
+            "networks.free, for one, or, if the network returns log-variances as it "
+            f"is, leave {argument} out"
+        )
+    module = control.module
+    if getattr(module, switch) or getattr(module, "flow_tied", False):
+        return control
+    changes: dict[str, Any] = {switch: True}
+    return dataclasses.replace(control, module=module.clone(**changes))

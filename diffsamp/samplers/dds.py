@@ -20,7 +20,11 @@ from diffsamp import networks, schedules
 from diffsamp.networks import Backbone, Control
 from diffsamp.processes import VariancePreserving
 from diffsamp.sampler import Bounds, Sampler
-from diffsamp.samplers.common import DEFAULT_BOUNDS, free_destruction
+from diffsamp.samplers.common import (
+    DEFAULT_BOUNDS,
+    destruction_control,
+    with_variance,
+)
 
 
 def dds(
@@ -50,19 +54,22 @@ def dds(
         schedule: noise schedule; `schedules.cosine_power` by default.
         time_grid: ``num_steps -> times``; uniform by default.
         network: control; by default `networks.score_guided`.
-        learn_generation_variance: whether the default control also learns the
-            generation kernel's variance, per state and coordinate.
+        learn_generation_variance: whether the control also learns the generation
+            kernel's variance, per state and coordinate. It switches on
+            ``learn_variance`` of a given network.
         learn_destruction: whether mean and variance of the destruction kernel are
-            learned, too, starting at the reference's.
-        destruction_network: its control, which implies ``learn_destruction``;
-            `networks.free` by default.
+            learned, too, starting at the reference's. It switches on
+            ``learn_variance`` of a given destruction network.
+        destruction_network: its control, `networks.free` by default. Given alone, it
+            learns what it returns: without ``learn_variance`` the mean.
         backbone: a network for both kernels to share (`networks.backbone`).
         generation_bounds: how far the generation kernel may leave the reference's.
         destruction_bounds: the same of the destruction kernel.
         condition_dim: size of the condition of a conditional energy.
 
     Raises:
-        ValueError: see `Sampler`.
+        ValueError: see `Sampler`; when a given network cannot learn the variance
+            that it is asked to learn.
 
     Example:
         >>> import numpy as np, diffsamp as ds
@@ -77,9 +84,12 @@ def dds(
         process=VariancePreserving(
             schedule or schedules.cosine_power(), time_grid or schedules.power_grid()
         ),
-        generation=network
-        or networks.score_guided(learn_variance=learn_generation_variance),
-        destruction=destruction_network or free_destruction(learn_destruction),
+        generation=with_variance(
+            network or networks.score_guided(),
+            learn_generation_variance,
+            "learn_generation_variance",
+        ),
+        destruction=destruction_control(destruction_network, learn_destruction),
         loc=loc,
         scale=scale,
         condition_dim=condition_dim,

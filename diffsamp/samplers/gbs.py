@@ -19,7 +19,11 @@ from diffsamp import networks, schedules
 from diffsamp.networks import Backbone, Control
 from diffsamp.processes import Brownian
 from diffsamp.sampler import Bounds, Sampler
-from diffsamp.samplers.common import DEFAULT_BOUNDS
+from diffsamp.samplers.common import (
+    DEFAULT_BOUNDS,
+    destruction_control,
+    with_variance,
+)
 
 
 def gbs(
@@ -50,17 +54,20 @@ def gbs(
         time_grid: ``num_steps -> times``; uniform by default.
         network: generation control; `networks.annealed_score_guided` by default.
         destruction_network: `networks.reference_guided` by default.
-        learn_generation_variance: whether the default control also learns the
-            generation kernel's variance, per state and coordinate.
-        learn_destruction: whether the default destruction control learns the variance,
-            too; its mean always is learned.
+        learn_generation_variance: whether the control also learns the generation
+            kernel's variance, per state and coordinate. It switches on
+            ``learn_variance`` of a given network.
+        learn_destruction: whether the destruction control learns the variance, too; its
+            mean always is learned. It switches on ``learn_variance`` of a given
+            destruction network.
         backbone: a network for both kernels to share (`networks.backbone`).
         generation_bounds: how far the generation kernel may leave the reference's.
         destruction_bounds: the same of the destruction kernel.
         condition_dim: size of the condition of a conditional energy.
 
     Raises:
-        ValueError: see `Sampler`; also when diffusion is not positive.
+        ValueError: see `Sampler`; when diffusion is not positive, or a given network
+            cannot learn the variance that it is asked to learn.
 
     Example:
         >>> import jax, diffsamp as ds
@@ -74,12 +81,14 @@ def gbs(
         dim=dim,
         num_steps=num_steps,
         process=Brownian(float(diffusion), time_grid or schedules.power_grid()),
-        generation=network
-        or networks.annealed_score_guided(
-            offset=0.0, learn_variance=learn_generation_variance
+        generation=with_variance(
+            network or networks.annealed_score_guided(offset=0.0),
+            learn_generation_variance,
+            "learn_generation_variance",
         ),
-        destruction=destruction_network
-        or networks.reference_guided(learn_variance=learn_destruction),
+        destruction=destruction_control(
+            destruction_network or networks.reference_guided(), learn_destruction
+        ),
         loc=loc,
         scale=scale,
         condition_dim=condition_dim,

@@ -48,7 +48,7 @@ from diffsamp import networks, schedules
 from diffsamp.networks import Control
 from diffsamp.processes import Process, VariancePreserving
 from diffsamp.sampler import Bounds, Sampler
-from diffsamp.samplers.common import FEW_STEPS, free_destruction
+from diffsamp.samplers.common import FEW_STEPS, destruction_control, with_variance
 from diffsamp.samplers.dis import dis
 
 
@@ -83,14 +83,16 @@ def scds(
             must be every other time of this one.
         network: control; by default `networks.annealed_score_guided` with
             ``step_conditioned=True``.
-        learn_generation_variance: whether the default control also learns the
-            generation kernel's variance and ties its mean to the flow
-            (``flow_tied=True``), per state, coordinate and step length.
+        learn_generation_variance: whether the control also learns the generation
+            kernel's variance and ties its mean to the flow, per state, coordinate and
+            step length. It switches on ``flow_tied`` of a given network.
         learn_destruction: whether mean and variance of the destruction kernel are
             learned, too, starting at the reference's. The probability flow stays that
-            of the reference's destruction.
-        destruction_network: its control, which implies ``learn_destruction``; by
-            default `networks.free` with ``step_conditioned=True``.
+            of the reference's destruction. It switches on ``learn_variance`` of a given
+            destruction network.
+        destruction_network: its control; by default `networks.free` with
+            ``step_conditioned=True``. Given alone, it learns what it returns: without
+            ``learn_variance`` the mean.
         generation_bounds: how far the generation kernel may leave the reference's.
         destruction_bounds: the same of the destruction kernel.
         finest: number of steps F of the training grid, where that is not ``num_steps``.
@@ -101,7 +103,8 @@ def scds(
         condition_dim: size of the condition of a conditional energy.
 
     Raises:
-        ValueError: see `Sampler`; when a kernel is to be learned with F = 1.
+        ValueError: see `Sampler`; when a kernel is to be learned with F = 1, or a given
+            network cannot learn the variance that it is asked to learn.
 
     Example:
         >>> import jax, diffsamp as ds
@@ -112,8 +115,6 @@ def scds(
         >>> fast(params, jax.random.key(1), target.energy).xs.shape
         (2, 2)
     """
-    if destruction_network is None:
-        destruction_network = free_destruction(learn_destruction, step_conditioned=True)
     sampler = dis(
         dim,
         num_steps,
@@ -121,11 +122,15 @@ def scds(
         scale=scale,
         schedule=schedule,
         time_grid=time_grid,
-        network=network
-        or networks.annealed_score_guided(
-            step_conditioned=True, flow_tied=learn_generation_variance
+        network=with_variance(
+            network or networks.annealed_score_guided(step_conditioned=True),
+            learn_generation_variance,
+            "learn_generation_variance",
+            switch="flow_tied",
         ),
-        destruction_network=destruction_network,
+        destruction_network=destruction_control(
+            destruction_network, learn_destruction, step_conditioned=True
+        ),
         generation_bounds=generation_bounds,
         destruction_bounds=destruction_bounds,
         condition_dim=condition_dim,
