@@ -91,6 +91,14 @@ def test_json_knows_no_infinity():
     assert json.loads(_script("rows").dumps(row)) == plain
 
 
+def test_what_is_no_number_is_not_left_out():
+    summarise = _script("rows").summarise
+    rows = [{"a": 1.0, "b": None}, {"a": -3.0, "b": 2.0}, {}]
+    assert summarise(rows, "a", "{:.1f}", abs) == "-1.0 (-3.0)"
+    assert summarise(rows, "b", "{:.1f}", abs) == "inf (inf)"
+    assert summarise(rows, "c", "{:.1f}", abs) == "-"
+
+
 @pytest.mark.parametrize("num_devices", [0, -1])
 def test_a_mesh_of_no_devices(num_devices):
     with pytest.raises(SystemExit, match=f"at least 1, got {num_devices}"):
@@ -419,7 +427,7 @@ def test_table_of_exploration(tmp_path, arguments, capsys):
     script.main()
     lines = capsys.readouterr().out.splitlines()
     assert lines[2].startswith("| gmm25 | local_search | 0, 1 | 2 | - | - |")
-    assert "| 0.50 (0.50) | 24 (24) |" in lines[2]
+    assert "| inf (inf) | 24 (24) |" in lines[2]
     assert lines[3].startswith("| manywell | seeded | 0, 1 | 1 | -0.250 (-0.750) |")
     assert "8.500 (9.000)" in lines[3]
     assert "10 draws, cpu" in lines[-1]
@@ -545,6 +553,15 @@ def test_transport_between_mode_shares():
     # Along a line the order is kept: 0.2 of the first to 1, then 0.4 of 1 to 3.
     assert transport(price, p, q) == pytest.approx(0.2 * 1 + 0.4 * 4)
     assert transport(price, q, q) == pytest.approx(0, abs=1e-12)
+    assert np.isnan(transport(price, 0 * p, q))
+
+
+def test_distances_of_draws_that_are_not_finite(monkeypatch):
+    transport, target = _script("transport"), ds.targets.gmm9()
+    x = np.asarray(target.sample(jax.random.key(1), 100))
+    x[7, 1] = np.nan
+    found = transport.distances(jax.random.key(0), target, x, 2)
+    assert np.isnan([found["w2"], found["sinkhorn_ratio"], found["w2_ratio_se"]]).all()
 
 
 def test_what_mode_counts_explain_is_taken_out():
