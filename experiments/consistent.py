@@ -206,12 +206,9 @@ def train(cell, method, seed, args):
             f"{account} is of {spent['num_updates']} updates, got {num_updates}; give "
             "--num-updates as before, or another --out"
         )
-    finished, before, begin = (
-        "trained_on" in spent,
-        spent["seconds"],
-        time.perf_counter(),
-    )
+    finished, before = "trained_on" in spent, spent["seconds"]
     spent["num_calls"] += not finished
+    begin = time.perf_counter()
 
     def note(*_):
         seconds = before + time.perf_counter() - begin
@@ -232,8 +229,10 @@ def train(cell, method, seed, args):
         mesh=mesh_of(args.mesh),
         progress_bar=False,
     )
-    energies = fit.num_energy_evaluations + fit.num_gradient_evaluations
+    if fit.stopped_by == "interrupt":  # not trained yet
+        raise KeyboardInterrupt
     if not finished:
+        energies = fit.num_energy_evaluations + fit.num_gradient_evaluations
         spent |= {
             "trained_on": environment()["device"],
             "num_skipped": fit.num_skipped,
@@ -325,10 +324,9 @@ def run(args):
         except Exception as error:
             traceback.print_exc()
             num_failed += 1
-            failed = {"failed": f"{type(error).__name__}: {error}"}
-            write(
-                args.out, dict(zip(KEYS, label, strict=True)) | failed | environment()
-            )
+            row = dict(zip(KEYS, label, strict=True)) | environment()
+            row["failed"] = f"{type(error).__name__}: {error}"
+            write(args.out, row)
 
     for cell, method in chosen(args):
         labels = itertools.product((cell.target,), (method,), steps_of(cell, method))
@@ -401,9 +399,7 @@ def clock(args):
             call()
             seconds = time.perf_counter() - begin
             best[label] = min(seconds, best.get(label, np.inf))
-        many = min(
-            seconds for (method, _), seconds in best.items() if method == "teacher"
-        )
+        (many,) = (v for (method, _), v in best.items() if method == "teacher")
         for (method, num_steps), seconds in best.items():
             label = dict(zip(KEYS, (target, method, num_steps, seed), strict=True))
             found = {"timed_draws": num, "draw_seconds": seconds}

@@ -775,35 +775,30 @@ def test_a_failure_of_consistent_does_not_stop_the_others(
 
 
 def test_accounts_of_consistent_training_add_up(tmp_path, monkeypatch):
-    script = _script("consistent")
+    script, stops = _script("consistent"), iter(["interrupt"])
     cell = script.Cell("gmm9", 3.0, 0.2, num_steps=2, num_updates=9)
     args = types.SimpleNamespace(out=tmp_path / "rows", num_updates=None, mesh=None)
     account = script.place_of(args) / "gmm9_teacher_0.json"
 
-    def fit(*args, checkpoint, callback, **options):
+    def fit(*_, checkpoint, callback, **options):
         checkpoint.write_text("state")
         callback(3, {})
-        if options["num_updates"] == 9 and not json.loads(account.read_text())["wait"]:
-            raise KeyboardInterrupt
         return types.SimpleNamespace(
             **{"params": "params", "seconds": 30.0, "compile_seconds": 10.0},
             **{"num_energy_evaluations": 1, "num_gradient_evaluations": 2},
             **{"num_network_evaluations": 5, "num_skipped": 0},
+            stopped_by=next(stops, "num_updates"),
         )
 
-    def kept(path, text):
-        path.write_text(json.dumps({"wait": len(waits) > 0, **json.loads(text)}))
-
-    waits = []
-    monkeypatch.setattr(script, "replace", kept)
     monkeypatch.setattr(script.ds, "fit", fit)
     with pytest.raises(KeyboardInterrupt):
         script.train(cell, "teacher", 0, args)
-    account.write_text(json.dumps(json.loads(account.read_text()) | {"seconds": 7.0}))
-    waits.append(1)
-    account.write_text(json.dumps(json.loads(account.read_text()) | {"wait": True}))
+    begun = json.loads(account.read_text())
+    assert begun["seconds"] > 0
+    account.write_text(json.dumps(begun | {"seconds": 7.0}))
     spent = script.train(cell, "teacher", 0, args)[2]
     assert (spent["seconds"], spent["num_calls"]) == (27.0, 2)
+    assert spent["all_network_evaluations"] == 5
     assert script.train(cell, "teacher_dpm", 0, args)[2] == spent
     args.num_updates = 8
     with pytest.raises(ValueError, match="is of 9 updates, got 8; give --num-updates"):
@@ -831,7 +826,11 @@ def small_consistent(monkeypatch):
         monkeypatch.setattr(script, "CELLS", cells)
         return script
 
+    option = "jax_disable_most_optimizations"
+    before = jax.config.read(option)
+    jax.config.update(option, True)  # compiling is what costs
     yield use
+    jax.config.update(option, before)
     for cached in (measures.floors_of, measures.pairs_of):
         cached.cache_clear()
 
@@ -839,9 +838,9 @@ def small_consistent(monkeypatch):
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_small_run_of_consistent(tmp_path, arguments, small_consistent, capsys):
-    script = _script("consistent")
+    cell_of = _script("consistent").Cell
     script = small_consistent(
-        script.Cell("gmm9", 3.0, 0.2, num_steps=4, num_timed=256, **SMALL_CELL)
+        cell_of("gmm9", 3.0, 0.2, num_steps=4, num_timed=256, **SMALL_CELL)
     )
     out = tmp_path / "rows.jsonl"
     arguments("run", "--seeds", 0, "--num-draws", 200, "--out", out)
@@ -892,26 +891,21 @@ def test_a_small_run_of_consistent(tmp_path, arguments, small_consistent, capsys
 @pytest.mark.slow
 @pytest.mark.timeout(1_800)
 def test_every_kind_of_target_gets_through_consistent(
-    tmp_path, arguments, small_consistent, capsys, monkeypatch
+    tmp_path, arguments, small_consistent, monkeypatch, capsys
 ):
     """Modes and none, exact draws and none, every network: against late crashes."""
-    script, names = _script("consistent"), {}
-    for cell in script.CELLS:
-        if cell.target in ("ionosphere", "drawn_image", "funnel_hard", "mw54"):
-            small = {**SMALL_CELL, "num_steps": 2, "tune_grid": False}
-            names[cell.target] = names.get(cell.target, ())
-            names[cell.target] += (dataclasses.replace(cell, **small),)
-    cells = [cell for each in names.values() for cell in each]
-    script = small_consistent(*cells)
+    targets = ("ionosphere", "drawn_image", "funnel_hard", "mw54")
+    small = {**SMALL_CELL, "num_steps": 2, "tune_grid": False}
+    cells = [c for c in _script("consistent").CELLS if c.target in targets]
+    script = small_consistent(*(dataclasses.replace(c, **small) for c in cells))
     monkeypatch.setattr(script, "NUM_STEPS", 2)
     monkeypatch.setattr(script, "STEPS", (1, 2))
     monkeypatch.setattr(script, "STUDENT_STEPS", (1,))
-    monkeypatch.setattr(jax.config, "jax_disable_most_optimizations", True)
     out = tmp_path / "rows.jsonl"
     arguments("run", "--seeds", 0, "--num-draws", 128, "--out", out)
     script.main()
     rows = script.read(out)
-    assert len(rows) == len(names) * (2 * 4 + 1)
+    assert len(rows) == len(targets) * (2 * 4 + 1)
     assert not [row for row in rows if "failed" in row]
     assert all("eubo" in r for r in rows if r["method"] != "teacher_dpm")
     arguments("table", "--num-steps", 1, 2, "--", out)
