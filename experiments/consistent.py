@@ -82,6 +82,7 @@ class Cell:
     num_draws: int = 20_000  # five times as many in at most eight steps
     num_repeats: int = 10  # pairs of sets of points, for distances
     num_timed: int = 100_000
+    num_particles: int = 2_048  # of SMC, for half of the rows of a batch
     tune_grid: bool = True
 
     @property
@@ -100,7 +101,7 @@ CELLS = (
     Cell("mw52", 1.4, 0.1, 32, ("any_step",), width=16, coordinatewise=True),
     Cell("drawn_image", 2.0, 0.02, width=128),
     Cell("ionosphere", 1.0, 0.1, num_updates=1_500),
-    Cell(  # of so many coordinates draws and grids take as long as training
+    Cell(  # of so many coordinates all else would take longer than training
         "lgcp_whitened",
         1.0,
         0.1,
@@ -108,13 +109,13 @@ CELLS = (
         batch_size=32,
         num_draws=1_000,
         num_timed=1_000,
+        num_particles=256,
         tune_grid=False,
     ),
 )
 LEARNING_RATE = 2e-3
 CONSISTENCY = 10.0  # weight of self-consistency
 FEW_STEPS = 0.1  # weight of the divergence at few steps
-NUM_PARTICLES = 2_048
 STUDENT_STEPS = (1, 2, 4, 8)  # at which the student's kernels are fitted
 NUM_TIMES = 18  # of the coarse grid of consistency distillation
 PARALLEL = tuple(itertools.product((1, 256, 4_096), (8, 16)))  # paths and blocks
@@ -176,9 +177,9 @@ def jeffreys():
     )
 
 
-def make_behaviour():
+def make_behaviour(cell):
     b = ds.behaviours
-    return b.mixture((b.on_policy(), 0.5), (b.smc_seeded(NUM_PARTICLES), 0.5))
+    return b.mixture((b.on_policy(), 0.5), (b.smc_seeded(cell.num_particles), 0.5))
 
 
 def train(cell, method, seed, args):
@@ -219,7 +220,7 @@ def train(cell, method, seed, args):
         sampler,
         make_objective(cell, method, teacher),
         target.energy,
-        behaviour=make_behaviour(),
+        behaviour=make_behaviour(cell),
         optimizer=optax.adam(LEARNING_RATE),
         anneal=ds.schedules.cosine_anneal,
         batch_size=cell.batch_size,
@@ -335,14 +336,11 @@ def run(args):
         for seed in (s for s in args.seeds if any(label[-1] == s for label in labels)):
             training = functools.partial(train, cell, method, seed, args)
             trained[seed] = attempt(training, cell.target, method, None, seed)
-        at = None
         for label in labels:
             *_, num_steps, seed = label
             if trained[seed] is None:
                 continue
-            if num_steps != at:
-                jax.clear_caches()  # memory maps, of which a process has 65,530
-            at = num_steps
+            make_room()
             *sampler, spent = trained[seed]
             rest = num_steps, num_draws_of(cell, num_steps, args), seed, args
             judging = functools.partial(judge, cell, method, *sampler, *rest)
@@ -355,6 +353,13 @@ def run(args):
             print(*label, {k: found.get(k) for k in brief}, flush=True)
     if num_failed:
         raise SystemExit(f"{num_failed} failed, see the rows in {args.out}")
+
+
+def make_room():
+    """Compiled programs hold memory maps, of which Linux grants a process 65,530."""
+    maps = pathlib.Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > 25_000:
+        jax.clear_caches()
 
 
 def steps_of(cell, method):

@@ -612,7 +612,7 @@ def test_consistent_settings_are_defined():
             for num_steps in script.STEPS:
                 if num_steps <= cell.num_steps:
                     assert sampler.with_num_steps(num_steps).has_weights
-    assert script.make_behaviour().provides.target_draws
+        assert script.make_behaviour(cell).provides.target_draws
     pairs = [(cell.target, m) for cell in script.CELLS for m in cell.methods]
     assert len(pairs) == len(set(pairs)) == 7 * len(script.METHODS)
 
@@ -806,6 +806,7 @@ def test_accounts_of_consistent_training_add_up(tmp_path, monkeypatch):
 
 
 SMALL_CELL = {"num_updates": 2, "width": 8, "batch_size": 8, "num_repeats": 2}
+SMALL_CELL |= {"num_particles": 64}
 
 
 @pytest.fixture
@@ -814,11 +815,12 @@ def small_consistent(monkeypatch):
     script, measures = _script("consistent"), _script("consistent_measures")
     for name, value in (
         *(("NUM_STEPS", 4), ("STEPS", (1, 4)), ("STUDENT_STEPS", (1, 4))),
-        *(("NUM_PARTICLES", 64), ("NUM_TIMES", 3), ("PARALLEL", ((8, 2),))),
-        ("NUM_POINTS", 100),
+        *(("NUM_TIMES", 3), ("PARALLEL", ((8, 2),)), ("NUM_POINTS", 100)),
     ):
         monkeypatch.setattr(script, name, value)
     monkeypatch.setattr(measures, "NUM_POINTS", 100)
+    monkeypatch.setattr(measures, "NUM_EXACT", 2_000)
+    monkeypatch.setattr(_script("transport"), "SIMULATIONS", 2)
     monkeypatch.setattr(measures, "NUM_CHAINS", 4)
     monkeypatch.setattr(measures, "NUTS", {"ionosphere": (30, 100)})
 
@@ -826,13 +828,16 @@ def small_consistent(monkeypatch):
         monkeypatch.setattr(script, "CELLS", cells)
         return script
 
-    option = "jax_disable_most_optimizations"
+    option, names = "jax_disable_most_optimizations", ("truth", "floors_of", "mode_sds")
+    cached = [getattr(measures, name) for name in (*names, "pairs_of")]
     before = jax.config.read(option)
     jax.config.update(option, True)  # compiling is what costs
+    for function in cached:
+        function.cache_clear()
     yield use
+    for function in cached:
+        function.cache_clear()
     jax.config.update(option, before)
-    for cached in (measures.floors_of, measures.pairs_of):
-        cached.cache_clear()
 
 
 @pytest.mark.slow
