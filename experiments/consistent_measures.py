@@ -81,6 +81,7 @@ def weigh(key, name, sampler, params, num_draws, folder, mesh=None):
     given = sampler, params, target.energy
     draws = ds.draw(keys[1], *given, num_draws, probe=probe, mesh=mesh)
     log_weight, report = draws.log_weight, draws.diagnostics
+    found["num_weighted"] = num_draws
     found["elbo"], found["elbo_standard_error"] = ds.evidence.elbo(log_weight)
     found["log_z"] = draws.log_evidence.estimate
     found["log_z_standard_error"] = draws.log_evidence.standard_error
