@@ -353,7 +353,6 @@ def plot(args):
         for column, target in zip(axes.T, targets, strict=True):
             column[0].set_title(target)
             draw(column, target)
-        axes[0, 0].legend()
         figure.tight_layout()
         figure.savefig(args.folder / f"consistent_{name}.png", dpi=120)
         plt.close(figure)
@@ -389,6 +388,10 @@ def names_of(rows, target):
     return {m: f"{m} (better solver)" if m == best else m for m in METHODS}
 
 
+def colour_of(method):
+    return f"C{METHODS.index(method)}"
+
+
 def by_steps(axes, rows, target):
     labels = names_of(rows, target)
     shown = (("ess", "ESS"), ("elbo_gap", "ELBO gap"), QUALITY.get(target, USUAL))
@@ -396,11 +399,12 @@ def by_steps(axes, rows, target):
         for method in METHODS:
             points = means_of(rows, target, method, name)
             if points:
-                axis.plot(
-                    *zip(*points.items(), strict=True), "o-", label=labels[method]
-                )
-        axis.set(xscale="log", xlabel="steps", ylabel=text)
+                look = {"color": colour_of(method), "label": labels[method]}
+                axis.plot(*zip(*points.items(), strict=True), "o-", **look)
+        axis.set_xscale("log", base=2)
+        axis.set(xlabel="steps", ylabel=text)
     axes[1].set_yscale("symlog", linthresh=0.1)
+    axes[1].set_ylim(bottom=-0.1)
     axes[2].set_yscale("log")
     axes[2].legend(fontsize="x-small")
 
@@ -409,7 +413,7 @@ def by_cost(axes, rows, target):
     """Network calls, those of training among them."""
     cost, quality = axes
     name, text = QUALITY.get(target, USUAL)
-    num_draws, labels = np.geomspace(1e2, 1e7, 50), names_of(rows, target)
+    num_draws = np.geomspace(1e2, 1e7, 50)
     for method in METHODS:
         training = means_of(rows, target, method, "all_network_evaluations")
         each = means_of(rows, target, method, "calls_per_draw")
@@ -418,12 +422,15 @@ def by_cost(axes, rows, target):
             continue
         k = max(training) if method in TEACHERS else min(training)
         calls = training[k] + each[k] * num_draws
-        cost.plot(num_draws, calls, label=f"{labels[method]}, {k} steps")
+        look = {"color": colour_of(method), "label": f"{method}, {k} steps"}
+        if method != "teacher_dpm":  # costs the same
+            cost.plot(num_draws, calls, **look)
         points = [(training[k] + each[k] * NUM_DRAWS, v) for k, v in found.items()]
         if points:
-            quality.plot(*zip(*points, strict=True), "o-", label=method)
+            quality.plot(*zip(*points, strict=True), "o-", color=colour_of(method))
     cost.set(xscale="log", yscale="log", xlabel="draws", ylabel="network calls")
-    label = f"network calls of training and {NUM_DRAWS:,} draws"
+    cost.legend(fontsize="x-small")
+    label = f"network calls of training\nand of {NUM_DRAWS:,} draws"
     quality.set(xscale="log", yscale="log", xlabel=label, ylabel=text)
 
 
@@ -433,7 +440,6 @@ def cloud(axes, folder, target):
     true = np.load(beside)[:2_000] if beside.exists() else None
     if exact is not None:
         true = np.asarray(exact(jax.random.key(0), 2_000))
-    axes[0].plot([], [], ".", label="first two coordinates")
     for axis, name in zip(axes, ("truth", *METHODS), strict=True):
         axis.set_ylabel(name)
         files = sorted(pathlib.Path(folder).glob(f"{target}_{name}_[0-9]*_1.npy"))
