@@ -1,6 +1,7 @@
 """One-step and any-step samplers: draws and weights at 1, 2, 4, ..., 128 steps.
 
     python experiments/consistent.py run
+    python experiments/consistent.py time
     python experiments/consistent.py table
     python experiments/consistent.py plot
     python experiments/consistent.py footnote
@@ -15,11 +16,16 @@ Every method is trained once per target and seed, and judged at all step counts:
 * `cdds`: distilled from the teacher of the same seed, with noise and way back fitted,
   and judged, at 1, 2, 4 and 8 steps.
 
+`teacher_dpm` is the teacher drawn from by `dpm_solver`, which suits a control that was
+trained at one step count.
+
 `run` appends one JSON line per (target, method, seed, step count) to --out, keeps
-checkpoints and a few draws beside it, and skips what is already there. Seeds share
-what is compiled. Deterministic draws, along the probability flow (of cdds: with its
-little noise), are what distances and errors of modes and quantiles are of; weights are
-those of the stochastic kernels.
+checkpoints and a few draws beside it, skips what is already there, and goes on where
+one fails. Seeds share what is compiled. Deterministic draws, along the probability flow
+(of cdds: with its little noise), are what distances and errors of modes and quantiles
+are of; weights are those of the stochastic kernels.
+`time` adds how long draws without weights take in one step and in the teacher's many,
+in turn and the best of several; run it on an idle machine.
 `footnote` has the number of the SCDS paper, which depends on how many points there are,
 of draws in one step and between two exact sets. `parallel` times parareal.
 """
@@ -27,38 +33,36 @@ of draws in one step and between two exact sets. `parallel` times parareal.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import json
 import pathlib
 import time
+import traceback
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
-import scipy.stats
+from consistent_measures import NUM_POINTS, far, shape, truth, weigh
+from consistent_report import METHODS, plot, table
 from rows import (
     add_reader,
     add_runner,
     append,
     commands_of,
-    described,
     environment,
     markdown,
     mesh_of,
     read,
-    rows_of,
     seeds_of,
     summarise,
     write,
 )
-from transport import distances
 
 import diffsamp as ds
 
 NUM_STEPS = 128
 STEPS = (1, 2, 4, 8, 16, 32, 64, 128)
-METHODS = ("teacher", "scds", "any_step", "cdds")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,13 +81,16 @@ class Cell:
     coordinatewise: bool = False  # one network for all coordinates
     num_draws: int = 20_000  # five times as many in at most eight steps
     num_repeats: int = 10  # pairs of sets of points, for distances
+    num_timed: int = 100_000
+    num_particles: int = 2_048  # of SMC, for half of the rows of a batch
+    tune_grid: bool = True
 
     @property
     def steps(self):
         return [k for k in STEPS if k <= self.num_steps]
 
 
-OTHERS = ("teacher", "scds", "cdds")
+OTHERS = tuple(method for method in METHODS if method != "any_step")
 CELLS = (
     Cell("gmm9", 3.0, 0.18, methods=OTHERS),
     Cell("gmm9", 4.0, 0.05, 32, ("any_step",), batch_size=256),
@@ -94,19 +101,24 @@ CELLS = (
     Cell("mw52", 1.4, 0.1, 32, ("any_step",), width=16, coordinatewise=True),
     Cell("drawn_image", 2.0, 0.02, width=128),
     Cell("ionosphere", 1.0, 0.1, num_updates=1_500),
-    Cell("lgcp_whitened", 1.0, 0.1, num_updates=400, batch_size=32, num_draws=1_000),
+    Cell(  # of so many coordinates all else would take longer than training
+        "lgcp_whitened",
+        1.0,
+        0.1,
+        num_updates=400,
+        batch_size=32,
+        num_draws=1_000,
+        num_timed=1_000,
+        num_particles=256,
+        tune_grid=False,
+    ),
 )
-REFERENCES = ("ionosphere", "lgcp")  # whose moments are known from long runs
 LEARNING_RATE = 2e-3
 CONSISTENCY = 10.0  # weight of self-consistency
 FEW_STEPS = 0.1  # weight of the divergence at few steps
-NUM_PARTICLES = 2_048
 STUDENT_STEPS = (1, 2, 4, 8)  # at which the student's kernels are fitted
 NUM_TIMES = 18  # of the coarse grid of consistency distillation
-NUM_BLOCKS = 8  # of parareal
 PARALLEL = tuple(itertools.product((1, 256, 4_096), (8, 16)))  # paths and blocks
-TIMED_DRAWS = 100_000
-NUM_POINTS = 2_000  # in a set of which W2 is computed
 
 
 def make_sampler(cell, method, dim):
@@ -165,90 +177,117 @@ def jeffreys():
     )
 
 
-def make_behaviour():
+def make_behaviour(cell):
     b = ds.behaviours
-    return b.mixture((b.on_policy(), 0.5), (b.smc_seeded(NUM_PARTICLES), 0.5))
+    return b.mixture((b.on_policy(), 0.5), (b.smc_seeded(cell.num_particles), 0.5))
 
 
 def train(cell, method, seed, args):
-    """Trained sampler and what training took; from its file where there is one."""
-    place = args.out.parent / "consistent"
-    place.mkdir(parents=True, exist_ok=True)
+    """Trained sampler and what training took; from its file where there is one.
+
+    The account is kept while training goes on, so that a run that is killed and goes on
+    later counts all its calls; those that were cut short count with compilation.
+    """
+    method = "teacher" if method == "teacher_dpm" else method
+    num_updates = args.num_updates or cell.num_updates
+    place = place_of(args)
     name = f"{cell.target}_{method}_{seed}"
-    account = place / f"{name}.json"  # what training took, if it was done before
-    target = ds.targets.by_name(cell.target)
+    checkpoint, account = place / f"{name}.checkpoint", place / f"{name}.json"
+    target = truth(cell.target).target
     sampler = make_sampler(cell, method, target.dim)
-    teacher = None
+    teacher, others = None, []
     if method == "cdds":
-        own = train(cell, "teacher", seed, args)
-        teacher = own[:2]
+        *teacher, of_teacher = train(cell, "teacher", seed, args)
+        others = [of_teacher]
+    spent = {"num_updates": num_updates, "seconds": 0.0, "num_calls": 0}
+    if checkpoint.exists() and account.exists():
+        spent = json.loads(account.read_text())
+    if spent["num_updates"] != num_updates:
+        raise ValueError(
+            f"{account} is of {spent['num_updates']} updates, got {num_updates}; give "
+            "--num-updates as before, or another --out"
+        )
+    finished, before = "trained_on" in spent, spent["seconds"]
+    spent["num_calls"] += not finished
+    begin = time.perf_counter()
+
+    def note(*_):
+        seconds = before + time.perf_counter() - begin
+        replace(account, json.dumps(spent | {"seconds": seconds}))
+
     fit = ds.fit(
         jax.random.key(seed),
         sampler,
         make_objective(cell, method, teacher),
         target.energy,
-        behaviour=make_behaviour(),
+        behaviour=make_behaviour(cell),
         optimizer=optax.adam(LEARNING_RATE),
         anneal=ds.schedules.cosine_anneal,
         batch_size=cell.batch_size,
-        num_updates=args.num_updates or cell.num_updates,
-        checkpoint=place / f"{name}.checkpoint",
+        num_updates=num_updates,
+        checkpoint=checkpoint,
+        callback=note,
         mesh=mesh_of(args.mesh),
         progress_bar=False,
     )
-    if account.exists():
-        return sampler, fit.params, json.loads(account.read_text())
-    spent = {
-        "trained_on": environment()["device"],
-        "num_updates": len(fit.metrics["loss"]),
-        "num_skipped": fit.num_skipped,
-        "energy_evaluations": fit.num_energy_evaluations + fit.num_gradient_evaluations,
-        "network_evaluations": fit.num_network_evaluations,
-        "seconds": fit.seconds - fit.compile_seconds,
-        "compile_seconds": fit.compile_seconds,
-    }
-    account.write_text(json.dumps(spent))
-    print(name, "trained", spent, flush=True)
-    return sampler, fit.params, spent
+    if fit.stopped_by == "interrupt":  # not trained yet
+        raise KeyboardInterrupt
+    if not finished:
+        energies = fit.num_energy_evaluations + fit.num_gradient_evaluations
+        spent |= {
+            "trained_on": environment()["device"],
+            "num_skipped": fit.num_skipped,
+            "energy_evaluations": energies,
+            "network_evaluations": fit.num_network_evaluations,
+            "seconds": before + fit.seconds - fit.compile_seconds,
+            "compile_seconds": fit.compile_seconds,
+        }
+        replace(account, json.dumps(spent))
+        print(name, "trained", spent, flush=True)
+    names = ("energy_evaluations", "network_evaluations", "seconds")
+    sums = {f"all_{k}": sum(s[k] for s in (spent, *others)) for k in names}
+    return sampler, fit.params, spent | sums
 
 
-def judge(cell, method, sampler, params, num_steps, seed, args):
-    """Weights, deterministic draws and times at one step count."""
-    target = ds.targets.by_name(cell.target)
+def place_of(args):
+    place = args.out.parent / "consistent"
+    place.mkdir(parents=True, exist_ok=True)
+    return place
+
+
+def replace(path, text):
+    """Writes a file that is whole at all times."""
+    beside = path.with_suffix(".part")
+    beside.write_text(text)
+    beside.replace(path)
+
+
+def judge(cell, method, sampler, params, num_steps, num_draws, seed, args):
+    """Weights and draws without weights at one step count."""
+    target = truth(cell.target).target
     few = sampler.with_num_steps(num_steps)
     key = jax.random.fold_in(jax.random.key(seed), 10_000 + num_steps)
     keys = jax.random.split(key, 4)
-    mesh = mesh_of(args.mesh)
-    num_draws = num_draws_of(cell, num_steps, args)
-    options = {"num_draws": num_draws, "sinkhorn": False, "mesh": mesh}
-    result = ds.evaluate(keys[0], few, params, target, **options)
-    numbers = ("elbo", "eubo", "log_z", "log_z_error", "log_z_standard_error")
-    numbers += ("elbo_standard_error", "eubo_standard_error")
-    numbers += ("ess", "forward_ess", "pareto_k", "verdict", "elbo_gap", "eubo_gap")
-    numbers += ("mode_tv", "mode_tv_unweighted", "mode_tv_floor")
-    found = {name: result[name] for name in numbers if name in result}
-    drawn = deterministic(method, few)
-    of_target = drawn, params, target.energy
-    draws = ds.draw(keys[1], *of_target, num_draws, mesh=mesh)
-    found |= shape(target, draws.x)
+    mesh, place = mesh_of(args.mesh), place_of(args)
+    drawn, *given = unweighted(method, few, params)
+    given = drawn, *given, target.energy
+    calls = drawn.evaluations_per_path.network
+    found = {"num_draws": num_draws, "calls_per_draw": calls}
+    if method != "teacher_dpm":
+        found |= weigh(keys[0], cell.target, few, params, num_draws, place, mesh)
+    draws = ds.draw(keys[1], *given, num_draws, mesh=mesh)
+    found |= shape(cell.target, draws.x)
     if num_steps in (1, cell.num_steps):
+        name = f"{cell.target}_{method}_{seed}_{num_steps}.npy"
+        np.save(place / name, draws.x[:NUM_POINTS])
         if target.sample is not None:
             num = NUM_POINTS * cell.num_repeats
-            points = ds.draw(keys[2], *of_target, num, mesh=mesh).x
-            found |= distances(keys[3], target, points, cell.num_repeats)
-        name = f"{cell.target}_{method}_{seed}_{num_steps}.npy"
-        np.save(args.out.parent / "consistent" / name, draws.x[:NUM_POINTS])
-    if num_steps == cell.num_steps and method in ("scds", "any_step"):
-        found |= in_parallel(keys[2], drawn, params, target, 256, NUM_BLOCKS)
-    if num_steps == 8 and method == "teacher":
-        tuned = ds.tune_time_grid(keys[2], few, params, target.energy)
+            points = ds.draw(keys[2], *given, num, mesh=mesh).x
+            found |= far(cell.target, seed, points, cell.num_repeats)
+    if num_steps == 8 and method == "teacher" and cell.tune_grid:
+        tuned = ds.tune_time_grid(keys[3], few, params, target.energy)
         found["tuned_gain"] = tuned.elbo_after - tuned.elbo_before
         found["tuned_gain_error"] = tuned.standard_error
-    if num_steps == 1 or (num_steps == cell.num_steps and method == "teacher"):
-        ds.draw(keys[2], *of_target, 1_024, mesh=mesh)  # compiled
-        begin = time.perf_counter()
-        ds.draw(keys[2], *of_target, TIMED_DRAWS, mesh=mesh)
-        found["seconds_per_100_000"] = time.perf_counter() - begin
     return found
 
 
@@ -256,11 +295,123 @@ def num_draws_of(cell, num_steps, args):
     return args.num_draws or cell.num_draws * (5 if num_steps <= 8 else 1)
 
 
-def deterministic(method, sampler):
-    """Along the probability flow; of the student as it is: it has next to no noise."""
+def unweighted(method, sampler, params):
+    """What draws without weights come from, and its parameters.
+
+    The probability flow; of the student, which has next to no noise, itself without the
+    way back, of which no draw depends.
+    """
     if method == "cdds":
-        return sampler
-    return ds.probability_flow(sampler, ds.solvers.frozen())
+        alone = dataclasses.replace(sampler, destruction=None)
+        return alone, {"generation": params["generation"]}
+    solvers = ds.solvers
+    solver = solvers.dpm_solver() if method == "teacher_dpm" else solvers.frozen()
+    return ds.probability_flow(sampler, solver), params
+
+
+KEYS = ("target", "method", "num_steps", "seed")
+
+
+def run(args):
+    """Trains and judges; what fails has a row of its own and does not stop the rest."""
+    rows, num_failed = read(args.out), 0
+    rows = [r for r in rows if "failed" not in r and "draw_seconds" not in r]
+    done = {tuple(row[k] for k in KEYS) for row in rows}
+
+    def attempt(function, *label):
+        nonlocal num_failed
+        try:
+            return function()
+        except Exception as error:
+            traceback.print_exc()
+            num_failed += 1
+            row = dict(zip(KEYS, label, strict=True)) | environment()
+            row["failed"] = f"{type(error).__name__}: {error}"
+            write(args.out, row)
+
+    for cell, method in chosen(args):
+        labels = itertools.product((cell.target,), (method,), steps_of(cell, method))
+        labels = [(*some, seed) for some in labels for seed in args.seeds]
+        labels, trained = [label for label in labels if label not in done], {}
+        for seed in (s for s in args.seeds if any(label[-1] == s for label in labels)):
+            training = functools.partial(train, cell, method, seed, args)
+            trained[seed] = attempt(training, cell.target, method, None, seed)
+        for label in labels:
+            *_, num_steps, seed = label
+            if trained[seed] is None:
+                continue
+            make_room()
+            *sampler, spent = trained[seed]
+            rest = num_steps, num_draws_of(cell, num_steps, args), seed, args
+            judging = functools.partial(judge, cell, method, *sampler, *rest)
+            found = attempt(judging, *label)
+            if found is None:
+                continue
+            row = dataclasses.asdict(cell) | dict(zip(KEYS, label, strict=True))
+            write(args.out, row | spent | found | environment())
+            brief = ("log_z_error", "ess", "pareto_k", "flow_mode_tv")
+            print(*label, {k: found.get(k) for k in brief}, flush=True)
+    if num_failed:
+        raise SystemExit(f"{num_failed} failed, see the rows in {args.out}")
+
+
+def make_room():
+    """Compiled programs hold memory maps, of which Linux grants a process 65,530."""
+    maps = pathlib.Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > 25_000:
+        jax.clear_caches()
+
+
+def steps_of(cell, method):
+    return STUDENT_STEPS if method == "cdds" else cell.steps
+
+
+def chosen(args):
+    """The cells and methods that were asked for."""
+    for cell in CELLS:
+        for method in cell.methods:
+            if cell.target in args.targets and method in args.methods:
+                yield cell, method
+
+
+def clock(args):
+    """Seconds of draws in one step and in the teacher's many, in turn, the best of all.
+
+    All of a target are timed again where one is missing on this device.
+    """
+    keys = ("target", "method", "seed", "device")
+    for target, seed in itertools.product(args.targets, args.seeds):
+        cells = [(c, m) for c in CELLS for m in c.methods if c.target == target]
+        cells = [(c, m) for c, m in cells if m == "teacher" or m in args.methods]
+        cells = [(c, m) for c, m in cells if m != "teacher_dpm"]
+        rows = [r for r in read(args.out) if "draw_seconds" in r]
+        done = {tuple(row[k] for k in keys) for row in rows}
+        device = environment()["device"]
+        if all((target, method, seed, device) in done for _, method in cells):
+            continue
+        calls, best, num = {}, {}, 0
+        for cell, method in cells:
+            sampler, params, _ = train(cell, method, seed, args)
+            num_steps = cell.num_steps if method == "teacher" else 1
+            given = unweighted(method, sampler.with_num_steps(num_steps), params)
+            given = jax.random.key(seed), *given, truth(target).target.energy
+            num = args.num_draws or cell.num_timed
+            options = {"num_draws": num, "mesh": mesh_of(args.mesh)}
+            calls[method, num_steps] = functools.partial(ds.draw, *given, **options)
+            calls[method, num_steps]()  # compiled
+        for _, (label, call) in itertools.product(range(args.repeats), calls.items()):
+            begin = time.perf_counter()
+            call()
+            seconds = time.perf_counter() - begin
+            best[label] = min(seconds, best.get(label, np.inf))
+        (many,) = (v for (method, _), v in best.items() if method == "teacher")
+        for (method, num_steps), seconds in best.items():
+            label = dict(zip(KEYS, (target, method, num_steps, seed), strict=True))
+            found = {"timed_draws": num, "draw_seconds": seconds}
+            found |= {"wall_ratio": many / seconds}
+            found["seconds_per_100_000"] = seconds * 100_000 / num
+            append(args.out, label | found)
+            print(*label.values(), found, flush=True)
 
 
 def in_parallel(key, flow, params, target, num_rows, num_blocks):
@@ -293,123 +444,15 @@ def in_parallel(key, flow, params, target, num_rows, num_blocks):
     }
 
 
-def shape(target, x):
-    """How draws differ from the truth in what a user would look at."""
-    out = {}
-    if target.modes is not None:
-        weights = ds.metrics.mode_weights(x, target.modes)
-        out["flow_mode_tv"] = ds.metrics.total_variation(weights, target.modes.weights)
-    if target.sample is None:
-        return out | moments(target, x)
-    exact = np.asarray(target.sample(jax.random.key(2**31 - 1), 100_000))
-    if target.modes is not None:
-        for name, points in (("", x), ("_floor", exact[: len(x)])):
-            out[f"flow_sd_error{name}"] = sd_error(target.modes, points, exact)
-    levels = [0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99]
-    a, b = (np.quantile(v[:, 0], levels) for v in (x, exact))
-    out["flow_quantile_error"] = float(np.abs(a - b).max() / np.std(exact[:, 0]))
-    if "funnel" in target.name:
-        out["flow_band_error"] = band_error(x, exact)
-    num = min(NUM_POINTS, len(x))
-    first, second = exact[:num], exact[num : 2 * num]
-    found, floor = (ds.metrics.wasserstein2(v, first) for v in (x[:num], second))
-    out |= {"flow_w2": found, "flow_w2_floor": floor, "flow_w2_ratio": found / floor}
-    return out
-
-
-def sd_error(modes, x, exact, least=0.02):
-    """Worst relative error of a standard deviation within a mode of some weight.
-
-    A mode that holds hardly a point counts as one without any spread.
-    """
-    assign = jax.vmap(modes.assign)
-    of_draws, of_exact = (np.asarray(assign(jnp.asarray(v))) for v in (x, exact))
-    worst = 0.0
-    for mode in np.flatnonzero(np.asarray(modes.weights) >= least):
-        inside = x[of_draws == mode]
-        ratio = 0.0
-        if len(inside) >= 50:
-            ratio = np.std(inside, axis=0) / np.std(exact[of_exact == mode], axis=0)
-        worst = max(worst, float(np.max(np.abs(ratio - 1))))
-    return worst
-
-
-def moments(target, x):
-    """Means and standard deviations against long MCMC: the worst coordinate.
-
-    The error of a field is that of all means at once, relative to their length.
-    """
-    name = target.name.removesuffix("_whitened")
-    if name not in REFERENCES:
-        return {}
-    true = ds.targets.reference_moments(name)
-    if target.constrain is not None:
-        x = jax.vmap(target.constrain)(jnp.asarray(x))
-    mean, sd = np.mean(x, axis=0), np.std(x, axis=0)
-    return {
-        "flow_mean_error": float(np.max(np.abs(mean - true["mean"]) / true["sd"])),
-        "flow_field_error": float(
-            np.linalg.norm(mean - true["mean"]) / np.linalg.norm(true["mean"])
-        ),
-        "flow_sd_error": float(np.max(np.abs(sd / true["sd"] - 1))),
-    }
-
-
-def band_error(x, exact, num_bands=5):
-    """Quantiles of x2 in bands of x1 of equal mass, in conditional sds exp(x1 / 2)."""
-    edges = np.quantile(exact[:, 0], np.linspace(0, 1, num_bands + 1)[1:-1])
-    levels = [0.05, 0.25, 0.5, 0.75, 0.95]
-    worst = 0.0
-    for band in range(num_bands):
-        inside = x[np.digitize(x[:, 0], edges) == band]
-        if len(inside) == 0:
-            return np.inf
-        found = np.quantile(inside[:, 1] * np.exp(-inside[:, 0] / 2), levels)
-        error = np.abs(found - scipy.stats.norm.ppf(levels)).max()
-        worst = max(worst, float(error))
-    return worst
-
-
-def run(args):
-    keys = ("target", "method", "num_steps", "seed")
-    done = {tuple(row[k] for k in keys) for row in read(args.out)}
-    for cell, method in chosen(args):
-        steps = STUDENT_STEPS if method == "cdds" else cell.steps
-        wanted = {
-            num_steps: [
-                seed
-                for seed in args.seeds
-                if (cell.target, method, num_steps, seed) not in done
-            ]
-            for num_steps in steps
-        }
-        seeds = [seed for seed in args.seeds if any(seed in w for w in wanted.values())]
-        trained = {seed: train(cell, method, seed, args) for seed in seeds}
-        for num_steps, num_draws in ((k, num_draws_of(cell, k, args)) for k in steps):
-            jax.clear_caches()  # memory maps, of which a process has 65,530
-            for seed in wanted[num_steps]:
-                *sampler, spent = trained[seed]
-                found = judge(cell, method, *sampler, num_steps, seed, args)
-                values = (cell.target, method, num_steps, seed)
-                label = dict(zip(keys, values, strict=True)) | {"num_draws": num_draws}
-                row = {**dataclasses.asdict(cell), **label, **spent, **found}
-                write(args.out, row | environment())
-                brief = ("log_z_error", "ess", "pareto_k", "flow_mode_tv")
-                print(*values, {k: found.get(k) for k in brief}, flush=True)
-
-
-def chosen(args):
-    """The cells and methods that were asked for."""
-    for cell in CELLS:
-        for method in cell.methods:
-            if cell.target in args.targets and method in args.methods:
-                yield cell, method
-
-
 def footnote(args):
-    """Sinkhorn's cost as the SCDS paper has it, at several numbers of points."""
+    """Sinkhorn's cost as the SCDS paper has it, at several numbers of points.
+
+    Between exact sets once for a target and seed, whatever the method.
+    """
+    rows = read(args.out)
+    floors = {(r["target"], r["seed"], r["num_points"]): r["floor"] for r in rows}
     for seed, (cell, method) in itertools.product(args.seeds, chosen(args)):
-        target = ds.targets.by_name(cell.target)
+        target = truth(cell.target).target
         if target.sample is None:
             continue
         base = {"target": cell.target, "method": method, "seed": seed}
@@ -419,14 +462,18 @@ def footnote(args):
         if not wanted:
             continue
         sampler, params, _ = train(cell, method, seed, args)
-        drawn = deterministic(method, sampler.with_num_steps(1))
+        given = unweighted(method, sampler.with_num_steps(1), params)
         for num in wanted:
             key = jax.random.fold_in(jax.random.key(seed), 20_000 + num)
             for_draws, first, second = jax.random.split(key, 3)
-            x = ds.draw(for_draws, drawn, params, target.energy, num).x
-            a, b = (np.asarray(target.sample(k, num)) for k in (first, second))
-            cost, floor = (ds.metrics.sinkhorn_scds(v, a) for v in (x, b))
-            row = {**base, "num_points": num, "cost": cost, "floor": floor}
+            x = ds.draw(for_draws, *given, target.energy, num).x
+            exact = np.asarray(target.sample(first, num))
+            label = (cell.target, seed, num)
+            if label not in floors:
+                other = np.asarray(target.sample(second, num))
+                floors[label] = ds.metrics.sinkhorn_scds(other, exact)
+            cost = ds.metrics.sinkhorn_scds(x, exact)
+            row = {**base, "num_points": num, "cost": cost, "floor": floors[label]}
             append(args.out, row)
             print(*row.values(), flush=True)
     body = []
@@ -444,22 +491,25 @@ def footnote(args):
 
 def parallel(args):
     """Parareal beside the same steps one after the other."""
+    keys = ("target", "method", "seed", "device", "num_rows", "parareal_blocks")
+    device = environment()["device"]
     for seed, (cell, method) in itertools.product(args.seeds, chosen(args)):
-        if method not in ("scds", "any_step"):
+        done = {tuple(row[k] for k in keys) for row in read(args.out)}
+        label = {"target": cell.target, "method": method, "seed": seed}
+        wanted = [p for p in PARALLEL if (*label.values(), device, *p) not in done]
+        if method not in ("scds", "any_step") or not wanted:
             continue
-        target = ds.targets.by_name(cell.target)
+        target = truth(cell.target).target
         sampler, params, _ = train(cell, method, seed, args)
-        flow = deterministic(method, sampler)
-        for num_rows, num_blocks in PARALLEL:
+        flow, _ = unweighted(method, sampler, params)
+        for num_rows, num_blocks in wanted:
             key = jax.random.key(seed)
             found = in_parallel(key, flow, params, target, num_rows, num_blocks)
-            label = {"target": cell.target, "method": method, "seed": seed}
             append(args.out, {**label, "num_rows": num_rows, **found})
-    heads = ["target", "method", "seed", "device", "paths", "blocks", "iterations"]
+    heads = [*keys[:4], "paths", "blocks", "iterations", "error", "ms", "one by one"]
     body = [
-        [r[k] for k in ("target", "method", "seed", "device", "num_rows")]
-        + [
-            r["parareal_blocks"],
+        [
+            *(r[k] for k in keys),
             f"{r['parareal_iterations']:.2f}",
             f"{r['parareal_error']:.4f}",
             f"{1e3 * r['parareal_seconds']:.1f}",
@@ -467,185 +517,7 @@ def parallel(args):
         ]
         for r in read(args.out)
     ]
-    print("\n".join(markdown([*heads, "error", "ms", "one by one"], body)))
-
-
-COLUMNS = (
-    ("log Z error", "log_z_error", "{:+.3f}", abs),
-    ("ELBO gap", "elbo_gap", "{:.3f}", float),
-    ("EUBO gap", "eubo_gap", "{:.3f}", float),
-    ("ESS", "ess", "{:.3f}", lambda v: -v),
-    ("k-hat", "pareto_k", "{:.2f}", float),
-    ("mode error", "flow_mode_tv", "{:.3f}", float),
-    ("sd error", "flow_sd_error", "{:.3f}", float),
-    ("its floor", "flow_sd_error_floor", "{:.3f}", float),
-    ("quantile error", "flow_quantile_error", "{:.3f}", float),
-    ("in bands", "flow_band_error", "{:.3f}", float),
-    ("mean error", "flow_mean_error", "{:.3f}", float),
-    ("of the field", "flow_field_error", "{:.3f}", float),
-    ("W2 / floor", "w2_ratio", "{:.3f}", lambda v: abs(v - 1)),
-    ("its noise", "w2_ratio_se", "{:.3f}", float),
-    ("Sinkhorn / floor", "sinkhorn_ratio", "{:.3f}", lambda v: abs(v - 1)),
-    ("s / 100,000 draws", "seconds_per_100_000", "{:.2f}", float),
-    ("training s", "seconds", "{:.0f}", float),
-    ("energies", "energy_evaluations", "{:.1e}", float),
-)
-
-
-def table(args):
-    rows, body = rows_of(args.files), []
-    for cell in CELLS:
-        for method in cell.methods:
-            for num_steps in args.num_steps:
-                label = (cell.target, method, num_steps)
-                own = [
-                    r
-                    for r in rows
-                    if (r["target"], r["method"], r["num_steps"]) == label
-                ]
-                if own:
-                    cells = [summarise(own, *column[1:]) for column in COLUMNS]
-                    body.append([*label, seeds_of(own), *cells])
-    labels = ["target", "method", "steps", "seeds"]
-    lines = markdown([*labels, *(c[0] for c in COLUMNS)], body)
-    first = rows[0]
-    note = f"Mean (worst) over seeds, {described(first)}. {honest(rows)}"
-    print("\n".join([*lines, "", note, "", *others(rows)]))
-
-
-def others(rows):
-    """Parareal and learned time grids, where they were measured."""
-    lines = []
-    for row in rows:
-        label = f"* {row['target']}, {row['method']}, seed {row['seed']}: "
-        if row.get("parareal_iterations") is not None:
-            lines.append(
-                f"{label}parareal with {row['parareal_blocks']} blocks took "
-                f"{row['parareal_iterations']:.2f} iterations to an error of "
-                f"{row['parareal_error']:.4f}, {row['parareal_seconds']:.2f} s beside "
-                f"{row['sequential_seconds']:.2f} s one step after the other"
-            )
-        if row.get("tuned_gain") is not None:
-            lines.append(
-                f"{label}a learned grid of 8 steps gained {row['tuned_gain']:+.3f} "
-                f"(standard error {row['tuned_gain_error']:.3f}) in ELBO"
-            )
-    return lines
-
-
-def honest(rows):
-    """Whether any ELBO lies above log Z or any EUBO below it, beyond its error."""
-    known = [r for r in rows if r.get("elbo_gap") is not None]
-
-    def beyond(row, bound):
-        gap, error = row.get(f"{bound}_gap"), row.get(f"{bound}_standard_error")
-        return gap is not None and error is not None and gap < -3 * error
-
-    wrong = [
-        f"{r['target']}, {r['method']}, seed {r['seed']}, {r['num_steps']} steps"
-        for r in known
-        if beyond(r, "elbo") or beyond(r, "eubo")
-    ]
-    if wrong:
-        return "Bounds violated: " + "; ".join(wrong) + "."
-    return (
-        f"ELBO <= log Z <= EUBO within three standard errors of each bound on all "
-        f"{len(known)} rows."
-    )
-
-
-def plot(args):
-    """Quality against steps, calls against draws, and draws in one step."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    rows = rows_of(args.files)
-    targets = dict.fromkeys(cell.target for cell in CELLS)
-    targets = [name for name in targets if any(r["target"] == name for r in rows)]
-
-    def panels(num_rows, height):
-        width = 3 * len(targets)
-        figure, axes = plt.subplots(
-            num_rows, len(targets), figsize=(width, height), squeeze=False
-        )
-        for axis, target in zip(axes[0], targets, strict=True):
-            axis.set_title(target)
-        return figure, axes
-
-    def of(target, method, num_steps):
-        label = (target, method, num_steps)
-        return [r for r in rows if (r["target"], r["method"], r["num_steps"]) == label]
-
-    quality = (
-        ("ess", "ESS"),
-        ("elbo_gap", "ELBO gap"),
-        ("flow_w2_ratio", "W2 / floor"),
-    )
-    figure, axes = panels(3, 8)
-    for column, target in zip(axes.T, targets, strict=True):
-        for axis, (name, text) in zip(column, quality, strict=True):
-            for method in METHODS:
-                own = {k: [r.get(name) for r in of(target, method, k)] for k in STEPS}
-                own = {k: [v for v in vs if v is not None] for k, vs in own.items()}
-                points = [(k, np.mean(vs)) for k, vs in own.items() if vs]
-                if points:
-                    axis.plot(*np.array(points).T, marker="o", label=method)
-            axis.set(xscale="log", xlabel="steps", ylabel=text)
-        column[1].set_yscale("symlog", linthresh=0.1)
-        column[2].set_yscale("log")
-    axes[0, 0].legend()
-    figure.tight_layout()
-    figure.savefig(args.folder / "consistent_steps.png", dpi=120)
-
-    def training_calls(target, method, own):
-        calls = np.mean([r["network_evaluations"] for r in own])
-        if method == "cdds":  # which needs its teacher
-            of_teacher = of(target, "teacher", NUM_STEPS)
-            calls += np.mean([r["network_evaluations"] for r in of_teacher])
-        return calls
-
-    figure, axes = panels(2, 6)
-    num_draws = np.geomspace(1e2, 1e7, 50)
-    for (cost, quality), target in zip(axes.T, targets, strict=True):
-        for method in METHODS:
-            num_steps = NUM_STEPS if method == "teacher" else 1
-            own = of(target, method, num_steps)
-            if own:
-                calls = training_calls(target, method, own) + num_steps * num_draws
-                cost.plot(num_draws, calls, label=f"{method}, {num_steps} steps")
-            points = []
-            for k in STEPS:
-                own = of(target, method, k)
-                found = [v for r in own if (v := r.get("flow_w2_ratio")) is not None]
-                if found:
-                    calls = training_calls(target, method, own) + k * TIMED_DRAWS
-                    points.append((calls, np.mean(found)))
-            if points:
-                quality.plot(*np.array(points).T, marker="o", label=method)
-        cost.set(xscale="log", yscale="log", xlabel="draws", ylabel="network calls")
-        label = f"network calls of training and {TIMED_DRAWS:,} draws"
-        quality.set(xscale="log", yscale="log", xlabel=label, ylabel="W2 / floor")
-    axes[0, 0].legend()
-    figure.tight_layout()
-    figure.savefig(args.folder / "consistent_cost.png", dpi=120)
-
-    figure, axes = panels(1 + len(METHODS), 3 * (1 + len(METHODS)))
-    for column, target in zip(axes.T, targets, strict=True):
-        exact = ds.targets.by_name(target).sample
-        clouds = {"truth": None if exact is None else exact(jax.random.key(0), 2_000)}
-        for method in METHODS:
-            seeds = sorted(r["seed"] for r in of(target, method, 1))
-            for seed in seeds[:1]:
-                name = f"{target}_{method}_{seed}_1.npy"
-                clouds[method] = np.load(args.files[0].parent / "consistent" / name)
-        for axis, name in zip(column, ("truth", *METHODS), strict=True):
-            axis.set_ylabel(name)
-            if clouds.get(name) is not None:
-                axis.plot(*np.asarray(clouds[name])[:, :2].T, ".", markersize=1)
-    figure.tight_layout()
-    figure.savefig(args.folder / "consistent_draws.png", dpi=120)
+    print("\n".join(markdown(heads, body)))
 
 
 def main():
@@ -653,22 +525,29 @@ def main():
     out = pathlib.Path("outputs/consistent.jsonl")
     names = list(dict.fromkeys(cell.target for cell in CELLS))
     runner = add_runner(commands, run, out)
-    runner.add_argument("--num-draws", type=int, help="instead of the cell's own")
+    timer = add_runner(commands, clock, out, name="time")
+    timer.add_argument("--repeats", type=int, default=3)
+    for one in (runner, timer):
+        one.add_argument("--num-draws", type=int, help="instead of the cell's own")
     beside = add_runner(
         commands, footnote, out.with_name("consistent_sinkhorn.jsonl"), name="footnote"
     )
     beside.add_argument("--points", type=int, nargs="+", default=[2_000, 6_000])
-    timer = add_runner(
+    parareal = add_runner(
         commands, parallel, out.with_name("consistent_parallel.jsonl"), name="parallel"
     )
-    for one in (runner, beside, timer):
-        one.add_argument("--targets", nargs="+", choices=names, default=names)
+    for one in (runner, timer, beside, parareal):
+        some = ["gmm9", "mw54", "ionosphere"] if one is parareal else names
+        one.add_argument("--targets", nargs="+", choices=names, default=some)
         one.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
         one.add_argument("--num-updates", type=int, help="instead of the cell's own")
     printer = add_reader(commands, table, out)
-    printer.add_argument("--num-steps", type=int, nargs="+", default=[1, 2, 4, 8, 128])
+    steps = [1, 2, 4, 8, 32, 128]
+    printer.add_argument("--num-steps", type=int, nargs="+", default=steps)
     plotter = add_reader(commands, plot, out, "plot")
     plotter.add_argument("--folder", type=pathlib.Path, default=pathlib.Path("."))
+    help = "folder of draws, by default `consistent` beside the first file"
+    plotter.add_argument("--draws", type=pathlib.Path, help=help)
     args = parser.parse_args()
     args.do(args)
 

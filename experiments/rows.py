@@ -145,10 +145,16 @@ def seeds_of(rows):
 
 
 def summarise(rows, name, form, badness):
-    """``mean (worst)`` of a number over rows, or a dash."""
-    values = [row[name] for row in rows if row.get(name) is not None]
+    """``mean (worst)`` of a number over rows, or a dash where no row has it.
+
+    A null is what `dumps` makes of a number that is not finite: one is enough to spoil
+    the mean, and nothing is worse.
+    """
+    values = [row[name] for row in rows if name in row]
     if not values:
         return "-"
+    if None in values:
+        return "inf (inf)"
     mean = form.format(float(np.mean(values)))
     return f"{mean} ({form.format(max(values, key=badness))})"
 

@@ -37,49 +37,77 @@ class Controlled(NamedTuple):
     noise: float
 
 
-def distances(key, target, points, num_repeats):
-    """W2 and Sinkhorn on disjoint sets of points over their floors, and the noise.
+class Pair(NamedTuple):
+    """Two exact sets, the entropy for their target, and their own distances."""
 
-    The points are cut into ``num_repeats`` sets.
-    """
-    size = len(points) // num_repeats
-    few = min(size, SINKHORN_POINTS)
-    pairs, shares = {"w2": [], "sinkhorn": []}, {"w2": [], "sinkhorn": []}
+    exact: np.ndarray
+    other: np.ndarray
+    epsilon: float
+    floors: dict[str, float]
+
+
+def exact_pairs(key, target, size, num_repeats):
+    """What sets of ``size`` points are compared with, for `distances`."""
+    pairs = []
     for repeat in range(num_repeats):
         keys = jax.random.split(jax.random.fold_in(key, repeat), 2)
         exact, other = (np.asarray(target.sample(k, size)) for k in keys)
-        part = points[repeat * size : (repeat + 1) * size]
-        # One entropy for both.
-        epsilon = 0.05 * float(np.sum(np.var(exact[:few], axis=0)))
-        measures = {
-            "w2": (size, ds.metrics.wasserstein2),
-            "sinkhorn": (few, functools.partial(sinkhorn, epsilon=epsilon)),
-        }
-        for name, (num, measure) in measures.items():
-            sets = [x[:num] for x in (part, other, exact)]
-            pairs[name].append([measure(x, sets[2]) for x in sets[:2]])
-            if target.modes is not None:
-                shares[name].append([mode_shares(target.modes, x) for x in sets])
-    out, price, counts, weights = {"num_repeats": num_repeats}, None, None, None
-    if target.modes is not None:
+        few = exact[:SINKHORN_POINTS]
+        epsilon = 0.05 * float(np.sum(np.var(few, axis=0)))
+        pair = Pair(exact, other, epsilon, {})
+        pairs.append(pair._replace(floors=between(pair, other)))
+    return pairs
+
+
+def between(pair, points):
+    """W2 and Sinkhorn's divergence of points from an exact set, with one entropy."""
+    few = slice(SINKHORN_POINTS)
+    return {
+        "w2": ds.metrics.wasserstein2(points, pair.exact),
+        "sinkhorn": sinkhorn(points[few], pair.exact[few], pair.epsilon),
+    }
+
+
+def distances(key, target, points, num_repeats, pairs=None):
+    """W2 and Sinkhorn on disjoint sets of points over their floors, and the noise.
+
+    The points are cut into ``num_repeats`` sets, of which each has its pair of exact
+    ones: ``pairs``, or those of the key. NaN where a point is not finite or Sinkhorn
+    does not converge.
+    """
+    size = len(points) // num_repeats
+    pairs = pairs or exact_pairs(key, target, size, num_repeats)
+    parts = [points[i * size : (i + 1) * size] for i in range(num_repeats)]
+    sets = [(x, p.other, p.exact) for x, p in zip(parts, pairs, strict=True)]
+    found = [between(*both) for both in zip(pairs, parts, strict=True)]
+    out, centres, used = {"num_repeats": num_repeats}, None, points[: size * len(parts)]
+    if target.modes is not None and np.all(np.isfinite(used)):
         centres = mode_centres(jax.random.fold_in(key, num_repeats), target)
-        price = np.sum((centres[:, None] - centres[None, :]) ** 2, axis=2)
-        used = points[: size * num_repeats]
-        counts = np.rint(mode_shares(target.modes, used) * len(used)).astype(int)
-        weights = np.asarray(target.modes.weights, np.float64)
-    for name, num, power in (("w2", size, 0.5), ("sinkhorn", few, 1.0)):
+    for name, num, power in (
+        ("w2", size, 0.5),
+        ("sinkhorn", min(size, SINKHORN_POINTS), 1.0),
+    ):
         controls = None
-        if price is not None:
-            controls = controls_of(price, counts, weights, shares[name], num, power)
-        found = controlled(np.array(pairs[name]), controls)
-        out[name], out[f"{name}_floor"] = found.found, found.floor
-        out[f"{name}_ratio"] = found.found / found.floor
-        out[f"{name}_ratio_se"] = found.noise / found.floor
+        if centres is not None:
+            shares = [[mode_shares(target.modes, x[:num]) for x in s] for s in sets]
+            price = np.sum((centres[:, None] - centres[None, :]) ** 2, axis=2)
+            counts = np.rint(mode_shares(target.modes, used) * len(used)).astype(int)
+            weights = np.asarray(target.modes.weights, np.float64)
+            controls = controls_of(price, counts, weights, shares, num, power)
+        values = [[f[name], p.floors[name]] for f, p in zip(found, pairs, strict=True)]
+        mean = controlled(np.array(values), controls)
+        out[name], out[f"{name}_floor"] = mean.found, mean.floor
+        out[f"{name}_ratio"] = mean.found / mean.floor
+        out[f"{name}_ratio_se"] = mean.noise / mean.floor
     return out
 
 
 def sinkhorn(x, y, epsilon):
-    return ds.metrics.sinkhorn_divergence(x, y, epsilon=epsilon).value
+    """NaN where it has not converged."""
+    found = ds.metrics.sinkhorn_divergence(
+        x, y, epsilon=epsilon, require_convergence=False
+    )
+    return found.value if found.converged else np.nan
 
 
 def controlled(values, controls=None):
@@ -131,7 +159,8 @@ def transport(price, p, q):
     found = scipy.optimize.linprog(
         price.ravel(), A_eq=margins(len(p)), b_eq=np.concatenate([p, q[:-1]])
     )
-    return max(found.fun, 0.0)
+    # Rounding makes it negative; margins of no finite sum have no transport at all.
+    return np.nan if found.fun is None else max(found.fun, 0.0)
 
 
 @functools.cache

@@ -105,6 +105,16 @@ SAMPLERS = {
             **SMALL, learn_variance=True, step_conditioned=True
         ),
     ),
+    "scds_coordinatewise": _sampler(
+        ds.samplers.scds,
+        finest=MANY,
+        network=ds.networks.coordinatewise(
+            **SMALL, step_conditioned=True, flow_tied=True
+        ),
+        destruction_network=ds.networks.coordinatewise(
+            **SMALL, use_score=False, learn_variance=True, step_conditioned=True
+        ),
+    ),
     "cdds": _sampler(
         ds.samplers.cdds,
         smallest_std=0.3,
@@ -127,6 +137,7 @@ LEARNED = [
     "scds",
     "scds_data",
     "scds_tied",
+    "scds_coordinatewise",
     "cdds",
 ]
 VARIANTS = {"dis_free", "dis_euler", *LEARNED}

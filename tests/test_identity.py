@@ -252,6 +252,7 @@ def test_mean_inverse_weight_of_exact_draws_is_inverse_z(name, num_steps):
     mostly_slow(
         [(name, num_steps) for name in FEW_STEPS for num_steps in (1, 2, 4, 8)],
         ("scds_tied", 1),
+        ("scds_tied", 4),
         ("cdds", 1),
     ),
 )

@@ -11,7 +11,9 @@ from tables import skewed_energy as mixture_energy
 
 import diffsamp as ds
 from diffsamp.mcmc import (
+    SMCResult,
     multistart,
+    num_distinct,
     run_chains,
     run_hmc,
     smc_from_gaussian,
@@ -151,6 +153,14 @@ def test_a_target_too_far_is_not_reached_by_one_particle_of_luck():
     assert not result.reached_target
     assert float(result.beta) < 0.01
     assert len(np.unique(result.particles[:, 0])) > 32
+
+
+def test_copies_are_told_from_particles_in_many_dimensions():
+    x = np.random.default_rng(0).normal(size=(7, 2_000)).astype(np.float32)
+    x[[3, 5]] = x[0]
+    x[6] = np.where(np.arange(2_000) < 1_999, x[1], 9.0)
+    others = [jnp.zeros(())] * (len(SMCResult._fields) - 1)
+    assert int(num_distinct(SMCResult(jnp.asarray(x), *others))) == 5
 
 
 def test_smc_from_prior_tempers_the_likelihood_only():

@@ -170,6 +170,14 @@ def halves_elsewhere(num_steps):
     [
         (ds.samplers.pis(2, 4), "PinnedBrownian has no probability flow"),
         (ds.samplers.gbs(2, 4), "Brownian has no probability flow"),
+        (
+            sampler_of(ds.networks.reduced_precision(ds.networks.free(**SMALL)), 4),
+            "sees the length of the step, got FreeModule with step_conditioned=False",
+        ),
+        (
+            sampler_of(ds.networks.contractive(step_conditioned=False), 4),
+            "got ContractiveModule with step_conditioned=False",
+        ),
         (ds.samplers.scds(2, 15), "must be even, .* got 15"),
         (ds.samplers.scds(2, 1), "must be even, .* got 1"),
         (ds.samplers.scds(2, 4, time_grid=halves_elsewhere), "not every other time"),

@@ -103,8 +103,10 @@ def self_consistency(
 
     Raises:
         ValueError: when ema_decay is not in (0, 1); at the start of training when the
-            sampler has no probability flow, its number of steps is odd, or its time
-            grid of half the steps is not every other time.
+            sampler has no probability flow, it is to share parameters between step
+            counts (`samplers.scds`) with a network known not to see the length of the
+            step, its number of steps is odd, or its time grid of half the steps is not
+            every other time.
 
     Example:
         >>> import diffsamp as ds
@@ -118,6 +120,7 @@ def self_consistency(
 
     def init(key, sampler, params, energy, pilot):
         del key, energy, pilot
+        _check_control(sampler)
         _check_grid(sampler)
         if ema_decay is None:
             return {}, ()
@@ -176,8 +179,25 @@ def _num_halvings(num_steps: int) -> int:
     return (num_steps & -num_steps).bit_length() - 1
 
 
-def _check_grid(sampler: Any) -> None:
+def _check_control(sampler: Any) -> None:
+    """Of a network of another make nobody knows what it sees.
+
+    For a sampler of a single step count the loss is a penalty on curved paths.
+    """
     sampler.check_flow()
+    control = getattr(sampler.generation, "network", sampler.generation)
+    module = getattr(control, "module", None)
+    if sampler.finest is None or getattr(module, "step_conditioned", True):
+        return
+    raise ValueError(
+        "self_consistency of a sampler for many step counts needs a network that sees "
+        f"the length of the step, got {type(module).__name__} with "
+        "step_conditioned=False, which cannot take long steps and short ones; build "
+        "it with step_conditioned=True"
+    )
+
+
+def _check_grid(sampler: Any) -> None:
     num = sampler.num_steps
     if num % 2:
         raise ValueError(
