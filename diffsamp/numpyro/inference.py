@@ -8,10 +8,8 @@ What `DiffusionSampler` does by default, each step a function of its own elsewhe
 3. Training in rounds (`recipe.stages`) of a sampler (`recipe.default_sampler`) whose
    noise ends at the width of the narrow places (`pilots.smallest_scale`).
 4. After each stage: draws, weights, and the verdict with an independent probe (a second
-   pilot); ``trust`` also asks that the draws know means and variances of all sites and
-   coordinates well (`agreement.imprecision`) and that the pilots agree with them and
-   with each other (`agreement.disagreement`). It says whether to go on; at the end the
-   best state so judged is kept.
+   pilot) and what else ``trust`` asks for (`verdicts.checked`). It says whether to go
+   on; at the end the best state so judged is kept.
 5. `DiffusionSampler.run` draws until means and variances are known well, or enough is
    enough.
 
@@ -40,17 +38,11 @@ from diffsamp.drawing import Draws
 from diffsamp.energies import as_key
 from diffsamp.numpyro import pilots, recipe
 from diffsamp.numpyro.affine import affine_from
-from diffsamp.numpyro.agreement import (
-    PRECISE,
-    Imprecision,
-    disagreement,
-    imprecision,
-)
 from diffsamp.numpyro.arviz import to_arviz
 from diffsamp.numpyro.kernel import DiffusionKernel
-from diffsamp.numpyro.quantities import Columns, columns, comparable, constrained
-from diffsamp.numpyro.recipe import default_sampler
+from diffsamp.numpyro.quantities import constrained
 from diffsamp.numpyro.target import ModelTarget, target_from_model
+from diffsamp.numpyro.verdicts import checked, least_known
 from diffsamp.sampler import Sampler
 from diffsamp.summary import summary as table
 from diffsamp.summary import verdict_lines
@@ -70,7 +62,6 @@ LEAST_JUDGED = 100  # who asks for fewer is not told that they can be trusted
 MOST_DRAWS = 100_000  # for the sake of precision; more where more are asked for
 ENOUGH_PRECISION = 0.75  # of the standard errors allowed
 HOPELESS_K = 0.85  # k-hat of which more draws will not make one below the limit
-NEGLIGIBLE = 30.0  # nats below the largest log-weight
 
 
 class Trained(NamedTuple):
@@ -531,7 +522,7 @@ class DiffusionSampler:
         make = self._make_sampler
         if make is None:
             smallest = min(pilots.smallest_scale(pilot.x), 0.05)
-            make = functools.partial(default_sampler, smallest_scale=smallest)
+            make = functools.partial(recipe.default_sampler, smallest_scale=smallest)
         sampler = make(target.dim, self._num_steps)
         cost, probe = _add(Cost(0, 0), pilot), None
         if other is not None:
@@ -612,7 +603,9 @@ class DiffusionSampler:
         verdict = draws.diagnostics.verdict
         if not verdict.startswith("trust"):
             return draws
-        report = draws.diagnostics._replace(verdict=_checked(verdict, state, draws))
+        assert state.probe is not None
+        given = state.target, draws, state.pilot.x, state.probe.x
+        report = draws.diagnostics._replace(verdict=checked(verdict, *given))
         return draws._replace(diagnostics=report)
 
     def _wanted(self, draws: Draws) -> float:
@@ -622,7 +615,9 @@ class DiffusionSampler:
             return num_draws
         if report.pareto_k >= PARETO_K_LIMIT:  # perhaps by chance
             return 4 * num_draws
-        excess = _least_known(self._trained(), draws)[0].excess / ENOUGH_PRECISION
+        state = self._trained()
+        least, _ = least_known(state.target, draws, state.pilot.x)
+        excess = least.excess / ENOUGH_PRECISION
         return 1.1 * num_draws * excess**2 if excess > 1 else num_draws
 
 
@@ -632,48 +627,6 @@ def _are_same(data: tuple, other: tuple) -> bool:
     new, new_tree = jax.tree.flatten(other)
     same = old_tree == new_tree and len(old) == len(new)
     return same and all(np.array_equal(a, b) for a, b in zip(old, new, strict=True))
-
-
-def _checked(verdict: str, state: Trained, draws: Draws) -> str:
-    """The verdict, unless the draws know too little or the two pilots disagree."""
-    assert state.probe is not None
-    unit = {"mean": "standard deviation", "variance": "value"}
-    least, name = _least_known(state, draws)
-    if least.excess > 1:
-        return (
-            f"reweight (the {least.what} of {name} has a standard error of "
-            f"{least.error:.2g} of its {unit[least.what]}, more than "
-            f"{PRECISE[least.what]}: a few draws decide about it; train longer, or "
-            "draw more)"
-        )
-    own, log_weight = _relevant(state, draws)
-    witnesses = (columns(state.target, v) for v in (state.pilot.x, state.probe.x))
-    own, first, second = comparable(own, *witnesses)
-    found = disagreement(own.values, log_weight, first.values, second.values)
-    if found is None:
-        return verdict
-    who = "the two pilots" if found.between_pilots else "draws and pilots"
-    return (
-        f"reweight ({who} disagree about the {found.what} of "
-        f"{own.names[found.coordinate]} by {found.size:.2g} of its "
-        f"{unit[found.what]}, {found.z:.1f} standard errors: one of them lacks a part "
-        "of the posterior; train longer, or give the pilots more particles)"
-    )
-
-
-def _least_known(state: Trained, draws: Draws) -> tuple[Imprecision, str]:
-    """What the draws know least, and the name of the site."""
-    own, log_weight = _relevant(state, draws)
-    own, _ = comparable(own, columns(state.target, state.pilot.x))
-    least = imprecision(own.values, log_weight)
-    return least, own.names[least.coordinate]
-
-
-def _relevant(state: Trained, draws: Draws) -> tuple[Columns, np.ndarray]:
-    """Draws that matter, for there are others where sites overflow."""
-    log_weight = np.asarray(draws.log_weight, np.float64)
-    kept = np.flatnonzero(log_weight > np.nanmax(log_weight) - NEGLIGIBLE)
-    return columns(state.target, np.asarray(draws.x)[kept]), log_weight[kept]
 
 
 class _Grade(NamedTuple):

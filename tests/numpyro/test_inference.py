@@ -16,7 +16,7 @@ from numpyro.infer import MCMC, NUTS, Predictive
 import diffsamp as ds
 from diffsamp.numpyro import Affine, DiffusionSampler, affine_from, pilots
 from diffsamp.numpyro.agreement import PRECISE, imprecision
-from diffsamp.numpyro.inference import _checked
+from diffsamp.numpyro.verdicts import checked
 from diffsamp.types import Target
 
 pytestmark = pytest.mark.relaxed("dtypes", "ranks")
@@ -366,15 +366,13 @@ def test_a_budget_of_energies_is_shared_by_the_stages(inference, monkeypatch):
 
 def test_pilots_that_disagree_are_no_witnesses(inference):
     state, draws = inference.state, inference.draws
-    moved = dataclasses.replace(state.probe, x=state.probe.x + 0.4)
-    verdict = _checked("trust", state._replace(probe=moved), draws)
-    assert verdict.startswith("reweight (the two pilots disagree about the mean of 'm")
-    log_weight = draws.log_weight + 0.5 * draws.x[:, 0]
-    other = draws._replace(log_weight=log_weight)
-    assert "(draws and pilots disagree about the mean" in _checked(
-        "trust", state, other
-    )
-    assert _checked("trust", state, draws) == "trust"
+    pilot, probe = state.pilot.x, state.probe.x
+    assert checked("trust", state.target, draws, pilot, probe) == "trust"
+    verdict = checked("trust", state.target, draws, pilot, probe + 0.4)
+    assert verdict.startswith("reweight (the two pilots disagree about the mean of '")
+    other = draws._replace(log_weight=draws.log_weight + 0.5 * draws.x[:, 0])
+    verdict = checked("trust", state.target, other, pilot, probe)
+    assert "(draws and pilots disagree about the mean" in verdict
 
 
 @pytest.mark.slow
