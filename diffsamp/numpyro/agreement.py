@@ -86,12 +86,13 @@ def imprecision(x: ArrayLike, log_weight: ArrayLike) -> Imprecision:
     x, weights = np.asarray(x, np.float64), _normalised(log_weight)
     if weights is None:
         return Imprecision("mean", 0, np.inf, np.inf)
-    centre = np.sum(weights * x, axis=0)
-    variance, variance_se = _moment((x - centre) ** 2, weights)
-    _, mean_se = _moment(x, weights)
-    with np.errstate(divide="ignore", invalid="ignore"):
+    with np.errstate(all="ignore"):
+        centre = np.sum(weights * x, axis=0)
+        variance, variance_se = _moment((x - centre) ** 2, weights)
+        _, mean_se = _moment(x, weights)
         errors = np.stack([mean_se / np.sqrt(variance), variance_se / variance])
-    errors = np.where(variance > 0, errors, np.inf)  # of a single draw with weight
+    # A variance of 0 is that of a single draw with weight; none is of infinite draws.
+    errors = np.where((variance > 0) & np.isfinite(errors), errors, np.inf)
     excess = errors / np.array(list(PRECISE.values()))[:, None]
     kind, coordinate = np.unravel_index(np.argmax(excess), excess.shape)
     return Imprecision(
@@ -139,19 +140,22 @@ def disagreement(
     own, se, halves, spread = map(np.array, (own, se, halves, spread))
     noise = spread / len(first)
     both, apart = halves.mean(axis=1), np.abs(halves[:, 0] - halves[:, 1])
-    inflation = max(np.mean(apart**2 / (2 * noise)), 1.0)
-    z_pilots = apart / np.sqrt(2 * noise)
+    varies = noise > 0  # the square of what takes two values may not
+    noise = np.where(varies, noise, 1.0)
+    inflation = max(np.mean(apart**2 / (2 * noise), where=varies), 1.0)
+    z_pilots = np.where(varies, apart / np.sqrt(2 * noise), 0.0)
     z = np.abs(own - both)
     z /= np.sqrt(se**2 + np.maximum(inflation * noise / 2, apart**2 / 4))
-    unit = np.stack([np.sqrt(both[1]), both[1]])
+    unit = np.where(varies, np.stack([np.sqrt(both[1]), both[1]]), 1.0)
     size, gap = np.abs(own - both) / unit, apart[0] / unit[0]
+    gap = np.where(z_pilots[0] > Z_LIMIT, gap, 0.0)
     if np.max(gap) > FAR:
         worst = int(np.argmax(gap))
         return Disagreement(
             "mean", worst, True, float(gap[worst]), float(z_pilots[0, worst])
         )
     limits = np.array(list(LARGE.values()))[:, None]
-    z = np.where(size > limits, z, 0.0)
+    z = np.where(varies & (size > limits), z, 0.0)
     kind, coordinate = np.unravel_index(np.argmax(z), z.shape)
     if z[kind, coordinate] <= Z_LIMIT:
         return None

@@ -54,6 +54,7 @@ from diffsamp.types import (
     Objective,
     Params,
     as_count,
+    total_cost,
 )
 
 ENOUGH_ESS = 0.3  # a trusted result below this goes on training while it may
@@ -167,6 +168,7 @@ class DiffusionSampler:
         self._init_strategy = init_strategy
         self._mesh = mesh
         self._draws: Draws | None = None
+        self._discarded = Cost(0, 0)
         self._index: np.ndarray | None = None
 
     # -- training and drawing ---------------------------------------------------------
@@ -196,75 +198,68 @@ class DiffusionSampler:
 
         Returns:
             The new `state`. Ctrl-C ends training and keeps the best state so far, and
-            so does training that diverges, with a warning; within the pilots Ctrl-C
-            works when the one that runs has ended.
+            so does training that diverges, with a warning, once a state was judged;
+            within the pilots Ctrl-C works when the one that runs has ended.
 
         Raises:
             ValueError: when no points of the posterior are found, or state is of other
                 data; see also `target_from_model`.
+            TrainingDiverged: when training diverges before a state was judged.
         """
         if num_updates is not None:
             as_count("num_updates", num_updates)
         for_target, for_pilots, for_training, for_judging = jax.random.split(
             as_key(key), 4
         )
-        is_over = False
         if state is None:
-            state, is_over = self._prepare(for_target, for_pilots, args, kwargs)
+            state = self._prepare(for_target, for_pilots, args, kwargs)
         elif (args or kwargs) and not _are_same(state.data, (args, kwargs)):
             raise ValueError(
                 "state was trained on other data than those given; leave state out to "
                 "train on these (data of the same shape use the compiled code again)"
             )
         self.state, self._draws = state, None
+        is_over = state.probe is None and self._find_probe(for_pilots)
         best, judged = None, num_updates is None
-        if judged and state.fit is not None:
-            best = _grade(self._judge(for_judging)), state.params
         at_start = self._energies_left(self.state)
         options = {"callback": callback, "progress_bar": progress_bar}
-        for i, (stage, budget) in enumerate(self._stages(state, num_updates)):
-            left = self._energies_left(self.state)
-            if left is not None and left < 1:
-                if self.state.fit is None:
-                    warnings.warn(
-                        "the pilots alone took all of max_energy_evaluations="
-                        f"{self._max_energy_evaluations}, and {-left} more: the "
-                        "sampler is not trained; give more, or fewer num_particles",
-                        UserWarning,
-                        stacklevel=2,
-                    )
-                break
-            if is_over:
-                break
-            if left is not None and at_start is not None and judged:
-                left = min(left, math.ceil(stage.share * at_start))
-            begin = time.perf_counter()
-            try:
-                is_over = self._train(
-                    jax.random.fold_in(for_training, i), stage, left, budget | options
-                )
+        try:
+            if judged and state.fit is not None and not is_over:
+                best = _grade(self._judge(for_judging)), state.params
+            for i, (stage, budget) in enumerate(self._stages(state, num_updates)):
+                left = self._energies_left(self.state)
+                if left is not None and left < 1:
+                    self._warn_if_untrained(left)
+                    break
+                if is_over:
+                    break
+                if left is not None and at_start is not None and judged:
+                    left = min(left, math.ceil(stage.share * at_start))
+                begin = time.perf_counter()
+                training_key = jax.random.fold_in(for_training, i)
+                is_over = self._train(training_key, stage, left, budget | options)
                 if judged and not is_over:
                     grade = _grade(self._judge(jax.random.fold_in(for_judging, i)))
                     if best is None or grade >= best[0]:
                         best = grade, self.state.params
                     is_over = grade.is_trusted and grade.ess_fraction >= ENOUGH_ESS
-            except KeyboardInterrupt:
-                is_over = True
-            except training.TrainingDiverged as error:
-                if best is None:
-                    raise
-                warnings.warn(
-                    f"training diverged, and the best state before is kept: {error}",
-                    RuntimeWarning,
-                    stacklevel=2,
-                )
-                is_over = True
-                trained = getattr(error, "fit_result", None)
-                self.state = _with_cost(self.state, trained)
-            seconds = self.state.seconds + time.perf_counter() - begin
-            self.state = self.state._replace(seconds=seconds)
-        if best is not None:
-            self.state = self.state._replace(params=best[1])
+                seconds = self.state.seconds + time.perf_counter() - begin
+                self.state = self.state._replace(seconds=seconds)
+        except KeyboardInterrupt:
+            pass
+        except training.TrainingDiverged as error:
+            trained = getattr(error, "fit_result", None)
+            self.state = _with_cost(self.state, trained)
+            if best is None:
+                raise
+            warnings.warn(
+                f"training diverged, and the best state before is kept: {error}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        finally:
+            if best is not None:
+                self.state = self.state._replace(params=best[1])
         return self.state
 
     def run(
@@ -289,26 +284,32 @@ class DiffusionSampler:
         """
         as_count("num_samples", num_samples)
         for_training, for_draws, for_picks = jax.random.split(as_key(key), 3)
-        if self.state is None or not _are_same(self.state.data, (args, kwargs)):
+        state = self.state
+        if state is None or not _are_same(state.data, (args, kwargs)):
             self.fit(for_training, None, *args, progress_bar=progress_bar, **kwargs)
-        num_draws, drawn = num_samples, None
+        elif state.fit is None:  # Ctrl-C, or the budget, came before training
+            self.fit(for_training, None, state=state, progress_bar=progress_bar)
+        num_draws, drawn, enough = num_samples, None, None
+        discarded = Cost(0, 0)
         if num_samples >= LEAST_JUDGED:
             num_draws = max(num_samples, JUDGED_DRAWS)
         try:
             while True:
-                drawn = self._draw(for_draws, num_draws)
-                share = max(drawn.diagnostics.ess_fraction, 0.1)
-                enough = num_samples / share  # so that few are drawn twice
+                before, drawn = drawn, self._draw(for_draws, num_draws)
+                if before is not None:
+                    discarded = _add(discarded, before.diagnostics)
+                if enough is None:  # so that few are drawn twice
+                    enough = num_samples / max(drawn.diagnostics.ess_fraction, 0.1)
                 wanted = min(self._wanted(drawn), max(enough, MOST_DRAWS))
                 if num_draws >= max(wanted, enough):
                     break
-                self.state = _with_cost(self._trained(), drawn.diagnostics)
                 num_draws = math.ceil(max(wanted, enough))
         except KeyboardInterrupt:
             if drawn is None:
                 raise
         assert drawn is not None
         self._draws, num_draws = drawn, len(drawn.x)
+        self._discarded = discarded
         rows = drawn._replace(x=np.arange(num_draws)[:, None])
         try:
             self._index = rows.resample(for_picks, num_samples)[:, 0]
@@ -433,8 +434,8 @@ class DiffusionSampler:
     @property
     def diagnostics(self) -> Diagnostics:
         """ESS, k-hat, verdict, and all evaluations, of pilots and training too."""
-        report, cost = self._drawn().diagnostics, self._trained().cost
-        counts = {}
+        report, counts = self._drawn().diagnostics, {}
+        cost = total_cost([self._trained().cost, self._discarded])
         for kind in ("energy", "gradient", "network"):
             name = f"num_{kind}_evaluations"
             counts[name] = int(getattr(cost, kind)) + (getattr(report, name) or 0)
@@ -497,26 +498,12 @@ class DiffusionSampler:
             self.model, args, kwargs, key=key, init_strategy=self._init_strategy
         )
 
-    def _prepare(self, for_target, key, args, kwargs) -> tuple[Trained, bool]:
-        """A state to train from, and whether Ctrl-C came before there was a probe."""
+    def _prepare(self, for_target, key, args, kwargs) -> Trained:
+        """A state to train from, without a probe."""
         begin = time.perf_counter()
         target = self._target(for_target, args, kwargs)
-        first, second, for_params = jax.random.split(key, 3)
-        find = functools.partial(
-            pilots.find, target=target, num_particles=self._num_particles
-        )
-        pilot, other, is_over = find(first), None, False
-        try:
-            other = find(second)
-        except KeyboardInterrupt:
-            is_over = True
-        except ValueError as error:
-            warnings.warn(
-                "there is no independent probe, and so no verdict of `trust`, for a "
-                f"second pilot failed where the first did not: {error}",
-                RuntimeWarning,
-                stacklevel=3,
-            )
+        first, _, for_params = jax.random.split(key, 3)
+        pilot = pilots.find(first, target, num_particles=self._num_particles)
         affine = affine_from(pilot.x)
         pilot = pilot._replace(x=pilots.to_y(affine, pilot.x))
         make = self._make_sampler
@@ -524,22 +511,54 @@ class DiffusionSampler:
             smallest = min(pilots.smallest_scale(pilot.x), 0.05)
             make = functools.partial(recipe.default_sampler, smallest_scale=smallest)
         sampler = make(target.dim, self._num_steps)
-        cost, probe = _add(Cost(0, 0), pilot), None
-        if other is not None:
-            cost = _add(cost, other)
-            probe = probes.Probe(x=pilots.to_y(affine, other.x), name=other.name)
-        state = Trained(
+        return Trained(
             target=target.standardised(affine),
             pilot=pilot,
-            probe=probe,
+            probe=None,
             sampler=sampler,
             params=sampler.init(for_params),
             fit=None,
-            cost=cost,
+            cost=_add(Cost(0, 0), pilot),
             seconds=time.perf_counter() - begin,
             data=(args, kwargs),
         )
-        return state, is_over
+
+    def _find_probe(self, key) -> bool:
+        """Adds the second pilot's points to the state; whether Ctrl-C prevented it."""
+        begin, state = time.perf_counter(), self._trained()
+        assert state.target.affine is not None
+        try:
+            found = pilots.find(
+                jax.random.split(key, 3)[1],
+                state.target.standardised(None),
+                num_particles=self._num_particles,
+            )
+        except KeyboardInterrupt:
+            return True
+        except ValueError as error:
+            warnings.warn(
+                "there is no independent probe, and so no verdict of `trust`, for a "
+                f"second pilot failed where the first did not: {error}",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+            return False
+        x = pilots.to_y(state.target.affine, found.x)
+        self.state = _with_cost(state, found)._replace(
+            probe=probes.Probe(x=x, name=found.name),
+            seconds=state.seconds + time.perf_counter() - begin,
+        )
+        return False
+
+    def _warn_if_untrained(self, left: int) -> None:
+        if self._trained().fit is None:
+            warnings.warn(
+                "the pilots alone took all of max_energy_evaluations="
+                f"{self._max_energy_evaluations}, and {-left} more: the sampler is not "
+                "trained; give more, or fewer num_particles",
+                UserWarning,
+                stacklevel=3,
+            )
 
     def _stages(self, state: Trained, num_updates: int | None):
         """``(stage, budget)``, one after the other."""
@@ -626,7 +645,14 @@ def _are_same(data: tuple, other: tuple) -> bool:
     old, old_tree = jax.tree.flatten(data)
     new, new_tree = jax.tree.flatten(other)
     same = old_tree == new_tree and len(old) == len(new)
-    return same and all(np.array_equal(a, b) for a, b in zip(old, new, strict=True))
+    return same and all(map(_is_equal, old, new))
+
+
+def _is_equal(a: Any, b: Any) -> bool:
+    try:
+        return np.array_equal(a, b, equal_nan=True)
+    except TypeError:  # of strings and objects
+        return np.array_equal(a, b)
 
 
 class _Grade(NamedTuple):

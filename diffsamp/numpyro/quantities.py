@@ -6,7 +6,7 @@ not, and the other way round. Verdicts are about both.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,13 +28,15 @@ class Columns(NamedTuple):
         values: of every point, [N, M].
         names: of the site that a column belongs to, M of them; those of unconstrained
             coordinates say so.
+        num_free: number of these coordinates, which come first.
     """
 
     values: np.ndarray
     names: tuple[str, ...]
+    num_free: int
 
 
-def constrained(target: ModelTarget, y: ArrayLike) -> dict[str, np.ndarray]:
+def constrained(target: ModelTarget, y: ArrayLike) -> dict[str, Any]:
     """All sites at many points, block by block.
 
     Args:
@@ -51,8 +53,8 @@ def constrained(target: ModelTarget, y: ArrayLike) -> dict[str, np.ndarray]:
         block = y[start : start + BLOCK]
         filled = np.concatenate([block, np.repeat(block[:1], BLOCK - len(block), 0)])
         sites = jax.device_get(_constrain_block(target.constrain, jnp.asarray(filled)))
-        parts.append({name: v[: len(block)] for name, v in sites.items()})
-    return {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
+        parts.append(sites)
+    return jax.tree.map(lambda *v: np.concatenate(v)[: len(y)], *parts)
 
 
 def columns(target: ModelTarget, y: ArrayLike) -> Columns:
@@ -81,33 +83,36 @@ def columns(target: ModelTarget, y: ArrayLike) -> Columns:
     own = {int(i): name for name, v in index.items() for i in np.ravel(v)}
     names = [f"{own[i]!r} (unconstrained)" for i in range(plain.dim)]
     values = [np.asarray(x, np.float64)]
-    sites = constrained(target, y)
-    size = sum(v[0].size for v in sites.values())
+    sites = {k: jax.tree.leaves(v) for k, v in constrained(target, y).items()}
+    size = sum(leaf[0].size for leaves in sites.values() for leaf in leaves)
     kept = sites if size <= MOST_COLUMNS else target.site_names
     for name in sorted(kept):
-        flat = np.asarray(sites[name], np.float64).reshape(len(y), -1)
-        values.append(flat)
-        names += [repr(name)] * flat.shape[1]
-    return Columns(np.concatenate(values, axis=1), tuple(names))
+        for leaf in sites[name]:
+            flat = np.asarray(leaf, np.float64).reshape(len(y), -1)
+            values.append(flat)
+            names += [repr(name)] * flat.shape[1]
+    return Columns(np.concatenate(values, axis=1), tuple(names), plain.dim)
 
 
 def comparable(own: Columns, *others: Columns) -> tuple[Columns, ...]:
     """The columns that have a mean and a spread to be right about.
 
-    They are finite in all sets and not constant, but for rounding, in the others.
+    Unconstrained coordinates, and of the sites what is finite and not constant, but
+    for rounding, in the others.
 
     Args:
         own: of the draws.
         *others: of sets to compare them with.
     """
-    good = np.all(np.isfinite(own.values), axis=0)
+    good = np.ones(own.values.shape[1], bool)
     for other in others:
         size = np.max(np.abs(other.values), axis=0)
         with np.errstate(invalid="ignore"):
             good &= np.isfinite(size) & (np.std(other.values, axis=0) > 1e-6 * size)
+    good[: own.num_free] = True
     kept = np.flatnonzero(good)
     return tuple(
-        Columns(s.values[:, kept], tuple(s.names[i] for i in kept))
+        s._replace(values=s.values[:, kept], names=tuple(s.names[i] for i in kept))
         for s in (own, *others)
     )
 

@@ -44,6 +44,32 @@ def test_a_lost_part_is_found(power):
     assert found.what == ("mean" if power == 1 else "variance")
 
 
+def test_what_takes_two_values_can_be_compared():
+    """The square of its distance from the middle does not vary at all."""
+    rng = np.random.default_rng(8)
+    coin = np.where(np.arange(1_000) % 2, 1.0, -1.0)
+    normal = rng.normal(size=(3, 1_000))
+    x, first, second = (np.stack([coin, n], axis=1) for n in normal)
+    assert disagreement(x, np.zeros(1_000), first, second) is None
+    x[:, 1] += 0.5
+    found = disagreement(x, np.zeros(1_000), first, second)
+    assert found is not None
+    assert found.coordinate == 1
+    x[:, 0] = 1.0
+    found = disagreement(x, np.zeros(1_000), first, second)
+    assert found is not None
+    assert found.coordinate == 0
+
+
+def test_small_pilots_differ_by_chance():
+    rng = np.random.default_rng(9)
+    x, (first, second) = rng.normal(size=(5_000, 30)), rng.normal(size=(2, 64, 30))
+    assert disagreement(x, np.zeros(5_000), first, second) is None
+    found = disagreement(x, np.zeros(5_000), first, second + 1.0)
+    assert found is not None
+    assert found.between_pilots
+
+
 def test_weights_repair_what_they_can():
     rng = np.random.default_rng(3)
     first, second = rng.normal(size=(2, 2_000, 2))

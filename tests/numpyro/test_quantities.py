@@ -7,7 +7,8 @@ import numpyro.distributions as dist
 import pytest
 
 from diffsamp.numpyro import affine_from, target_from_model
-from diffsamp.numpyro.quantities import BLOCK, Columns, columns, comparable, constrained
+from diffsamp.numpyro.agreement import imprecision
+from diffsamp.numpyro.quantities import BLOCK, columns, comparable, constrained
 
 pytestmark = pytest.mark.relaxed("dtypes", "ranks")
 
@@ -47,8 +48,11 @@ def test_what_has_no_spread_or_mean_is_left_out(target):
     assert own.values.shape == other.values.shape == (200, 8)
     values = own.values.copy()
     values[3, -1] = np.inf
-    kept, _ = comparable(Columns(values, own.names), other)
-    assert kept.names == own.names[:-1]
+    kept, _ = comparable(own._replace(values=values), other)
+    assert kept.names == own.names
+    least = imprecision(kept.values, np.zeros(200))
+    assert least.coordinate == 7
+    assert least.error == np.inf
 
 
 def test_too_many_deterministic_numbers_are_left_out(target, monkeypatch):
