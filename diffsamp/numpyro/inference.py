@@ -602,9 +602,9 @@ class DiffusionSampler:
         spent = int(state.cost.energy) + int(state.cost.gradient)
         return self._max_energy_evaluations - spent
 
-    def _judge(self, key, num_draws: int = JUDGED_DRAWS) -> Diagnostics:
+    def _judge(self, key) -> Diagnostics:
         """What draws of the present state say; they are counted."""
-        report = self._draw(key, num_draws).diagnostics
+        report = self._draw(key, JUDGED_DRAWS).diagnostics
         self.state = _with_cost(self._trained(), report)
         return report
 
@@ -630,7 +630,7 @@ class DiffusionSampler:
     def _wanted(self, draws: Draws) -> float:
         """How many draws would be enough, as far as these can tell."""
         report, num_draws = draws.diagnostics, len(draws.x)
-        if report.collapsed or report.pareto_k > HOPELESS_K:
+        if report.collapsed or not report.pareto_k <= HOPELESS_K:
             return num_draws
         if report.pareto_k >= PARETO_K_LIMIT:  # perhaps by chance
             return 4 * num_draws

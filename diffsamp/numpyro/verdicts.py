@@ -40,7 +40,9 @@ def checked(
         pilot: points of one pilot, [N, D].
         probe: of an independent one, [N, D].
     """
-    least, name = least_known(target, draws, pilot)
+    own, log_weight = _relevant(target, draws)
+    witnesses = [columns(target, points) for points in (pilot, probe)]
+    least, name = _least_known(own, log_weight, witnesses[0])
     if least.excess > 1:
         return (
             f"reweight (the {least.what} of {name} has a standard error of "
@@ -48,8 +50,7 @@ def checked(
             f"{PRECISE[least.what]}: a few draws decide about it; train longer, or "
             "draw more)"
         )
-    own, log_weight = _relevant(target, draws)
-    own, first, second = comparable(own, *(columns(target, x) for x in (pilot, probe)))
+    own, first, second = comparable(own, *witnesses)
     found = disagreement(own.values, log_weight, first.values, second.values)
     if found is None:
         return verdict
@@ -72,8 +73,13 @@ def least_known(
         draws: weighted draws, in its coordinates.
         pilot: points [N, D] that tell what varies at all.
     """
-    own, log_weight = _relevant(target, draws)
-    own, _ = comparable(own, columns(target, pilot))
+    return _least_known(*_relevant(target, draws), columns(target, pilot))
+
+
+def _least_known(
+    own: Columns, log_weight: np.ndarray, pilot: Columns
+) -> tuple[Imprecision, str]:
+    own, _ = comparable(own, pilot)
     least = imprecision(own.values, log_weight)
     return least, own.names[least.coordinate]
 
