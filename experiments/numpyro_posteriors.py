@@ -36,6 +36,7 @@ from rows import (
 import diffsamp as ds
 from diffsamp import posteriors
 from diffsamp.numpyro import DiffusionSampler
+from diffsamp.numpyro.coordinates import to_x
 
 MEAN, SD, LOG_Z, MODE = 0.1, 0.1, 0.1, 0.05
 NUM_SAMPLES = 4_000
@@ -100,10 +101,9 @@ def run_sampler(posterior, seed, seconds, compilation, mesh):
     }
     sites, log_weight = inference.get_weighted_samples()
     row |= errors(posterior, sites, log_weight)
-    affine = state.target.affine
-    row["mode_error"] = mode_error(
-        posterior, jax.vmap(affine.forward)(jnp.asarray(inference.draws.x)), log_weight
-    )
+    coordinates = state.target.coordinates
+    x = to_x(coordinates, jnp.asarray(inference.draws.x))
+    row["mode_error"] = mode_error(posterior, x, log_weight)
     if posterior.log_evidence is not None:
         evidence = inference.draws.log_evidence
         row["log_z_error"] = evidence.estimate - posterior.log_evidence
@@ -111,9 +111,7 @@ def run_sampler(posterior, seed, seconds, compilation, mesh):
     # The same questions, asked of the points that it was trained on.
     pilot = jax.jit(jax.vmap(state.target.constrain))(state.pilot.x)
     row |= {f"pilot_{k}": v for k, v in errors(posterior, pilot).items()}
-    row["pilot_mode_error"] = mode_error(
-        posterior, jax.vmap(affine.forward)(state.pilot.x)
-    )
+    row["pilot_mode_error"] = mode_error(posterior, to_x(coordinates, state.pilot.x))
     return inference, row
 
 

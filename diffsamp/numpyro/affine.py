@@ -1,11 +1,6 @@
-"""Affine coordinates in which a posterior is about a unit normal.
+"""Affine coordinates: ``x = loc + L y``, with L lower triangular.
 
-With ``x = loc + L y`` and L lower triangular, the energy of y is
-
-    E_y(y) = E(loc + L y) - log det L,
-
-so that the integral of ``exp(-energy)``, the evidence, is the same in both. Unlike the
-reference's ``loc`` and ``scale`` it also takes correlations away.
+Unlike the reference's ``loc`` and ``scale`` they also take correlations away.
 """
 
 from __future__ import annotations
@@ -16,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.scipy.linalg import solve_triangular
 
-from diffsamp.types import Array, ArrayLike, Energy
+from diffsamp.types import Array, ArrayLike
 
 
 class Affine(NamedTuple):
@@ -40,21 +35,10 @@ class Affine(NamedTuple):
         loc, matrix = self.loc.astype(x.dtype), self.matrix.astype(x.dtype)
         return solve_triangular(matrix, x - loc, lower=True)
 
-    @property
-    def log_det(self) -> Array:
-        """Log-determinant of dx/dy, []."""
-        return jnp.sum(jnp.log(jnp.diagonal(self.matrix)))
-
-
-def energy_in(affine: Affine, energy: Energy, y: Array) -> Array:
-    """The energy of y, of one that maps x [D] to [].
-
-    Args:
-        affine: the map from y to x.
-        energy: of x.
-        y: [D].
-    """
-    return energy(affine.forward(y)) - affine.log_det.astype(y.dtype)
+    def forward_and_log_det(self, y: Array) -> tuple[Array, Array]:
+        """Both x of y, [D], and the log-determinant of dx/dy, everywhere the same."""
+        log_det = jnp.sum(jnp.log(jnp.diagonal(self.matrix)))
+        return self.forward(y), log_det.astype(y.dtype)
 
 
 def affine_from(draws: ArrayLike) -> Affine:
@@ -77,18 +61,33 @@ def affine_from(draws: ArrayLike) -> Affine:
         >>> affine.loc.tolist()
         [2.0, 1.6666666269302368]
     """
+    points = checked_draws(draws)
+    num, dim = points.shape
+    covariance = np.cov(points, rowvar=False).reshape(dim, dim)
+    share = dim**2 / (num**2 + dim**2)
+    diagonal = np.diag(np.diagonal(covariance))
+    matrix = np.linalg.cholesky((1 - share) * covariance + share * diagonal)
+    return Affine(jnp.asarray(points.mean(axis=0), float), jnp.asarray(matrix, float))
+
+
+def checked_draws(draws: ArrayLike) -> np.ndarray:
+    """The draws in 64 bits, if a map can be fitted to them.
+
+    Args:
+        draws: points, [N, D].
+
+    Raises:
+        ValueError: when there are fewer than two, one is not finite, or a coordinate
+            has no spread.
+    """
     points = np.asarray(draws, np.float64)
     if points.ndim != 2 or len(points) < 2 or not np.all(np.isfinite(points)):
         raise ValueError(
             "draws must be at least two finite points [N, D], got shape "
             f"{list(points.shape)}"
         )
-    num, dim = points.shape
-    covariance = np.cov(points, rowvar=False).reshape(dim, dim)
-    if not np.all(np.diagonal(covariance) > 0):
-        flat = np.flatnonzero(np.diagonal(covariance) <= 0).tolist()
+    variances = np.var(points, axis=0)
+    if not np.all(variances > 0):
+        flat = np.flatnonzero(variances <= 0).tolist()
         raise ValueError(f"draws have no spread in coordinates {flat}")
-    share = dim**2 / (num**2 + dim**2)
-    diagonal = np.diag(np.diagonal(covariance))
-    matrix = np.linalg.cholesky((1 - share) * covariance + share * diagonal)
-    return Affine(jnp.asarray(points.mean(axis=0), float), jnp.asarray(matrix, float))
+    return points

@@ -3,8 +3,10 @@
 What `DiffusionSampler` does by default, each step a function of its own elsewhere:
 
 1. `pilots.find`: tempered SMC, from the prior where there is one.
-2. `affine_from`: its mean and covariance give coordinates in which the posterior is
-   about a unit normal, so that one network and one noise schedule fit all models.
+2. `fitted_coordinates`: its points give coordinates in which the posterior is about a
+   unit normal, without funnels of the model's own making, correlations and heavy
+   tails, so that one network and one noise schedule fit all models. Where there was a
+   funnel, in whose neck SMC moves badly, it runs again in these.
 3. Training in rounds (`recipe.stages`) of a sampler (`recipe.default_sampler`) whose
    noise ends at the width of the narrow places (`pilots.smallest_scale`).
 4. After each stage: draws, weights, and the verdict with an independent probe (a second
@@ -37,8 +39,9 @@ from diffsamp.diagnostics import PARETO_K_LIMIT, Diagnostics
 from diffsamp.drawing import Draws
 from diffsamp.energies import as_key
 from diffsamp.numpyro import pilots, recipe
-from diffsamp.numpyro.affine import affine_from
 from diffsamp.numpyro.arviz import to_arviz
+from diffsamp.numpyro.coordinates import Coordinates, to_y
+from diffsamp.numpyro.fitted import fitted_coordinates, is_decentred
 from diffsamp.numpyro.kernel import DiffusionKernel
 from diffsamp.numpyro.quantities import constrained
 from diffsamp.numpyro.target import ModelTarget, target_from_model
@@ -47,6 +50,7 @@ from diffsamp.sampler import Sampler
 from diffsamp.summary import summary as table
 from diffsamp.summary import verdict_lines
 from diffsamp.types import (
+    Array,
     Behaviour,
     Cost,
     Key,
@@ -69,7 +73,7 @@ class Trained(NamedTuple):
     """Everything that was found out about one posterior.
 
     Attributes:
-        target: the posterior, in the affine coordinates in which the sampler works.
+        target: the posterior, in the coordinates in which the sampler works.
         pilot: the points that it was trained on, in these coordinates.
         probe: independent points, or None where Ctrl-C or an error prevented them.
         sampler: the sampler.
@@ -107,7 +111,7 @@ class DiffusionSampler:
             pilot's points.
         optimizer: of both stages; by default Adam at 0.002, and 0.001 in the second.
         num_steps: steps K of the sampler.
-        num_particles: of each of the two pilots.
+        num_particles: of each of the pilots.
         max_seconds: budget of training, without pilots and compilation.
         max_energy_evaluations: budget of energies and gradients of pilots, training and
             judging, or None. Pilots are not cut short, and draws come on top.
@@ -242,7 +246,8 @@ class DiffusionSampler:
                     grade = _grade(self._judge(jax.random.fold_in(for_judging, i)))
                     if best is None or grade >= best[0]:
                         best = grade, self.state.params
-                    is_over = grade.is_trusted and grade.ess_fraction >= ENOUGH_ESS
+                    is_good = grade.is_trusted and grade.ess_fraction >= ENOUGH_ESS
+                    is_over = is_good and i > 0  # a whole round, for the tails
                 seconds = self.state.seconds + time.perf_counter() - begin
                 self.state = self.state._replace(seconds=seconds)
         except KeyboardInterrupt:
@@ -330,7 +335,7 @@ class DiffusionSampler:
             state.sampler,
             state.params,
             self.model,
-            affine=state.target.affine,
+            coordinates=state.target.coordinates,
             init_strategy=self._init_strategy,
             **options,
         )
@@ -404,15 +409,16 @@ class DiffusionSampler:
             RuntimeError: before `run`.
         """
         draws, state = self._drawn(), self._trained()
-        affine, price = state.target.affine, state.sampler.evaluations_per_path
+        coordinates = state.target.coordinates
         assert draws.log_weight is not None
-        assert affine is not None
+        assert coordinates is not None
+        price = state.sampler.evaluations_per_path
+        log_det = _log_dets(coordinates, draws.x[self._index])
         fields = {
-            "potential_energy": draws.energy + float(affine.log_det),
-            "log_weight": draws.log_weight,
-            "energy_evals": np.full(len(draws.x), price.energy + price.gradient),
+            "potential_energy": draws.energy[self._index] + np.asarray(log_det),
+            "log_weight": draws.log_weight[self._index],
+            "energy_evals": np.full(self.num_samples, price.energy + price.gradient),
         }
-        fields = {name: values[self._index] for name, values in fields.items()}
         if group_by_chain:
             fields = {name: values[None] for name, values in fields.items()}
         return fields
@@ -502,23 +508,28 @@ class DiffusionSampler:
         """A state to train from, without a probe."""
         begin = time.perf_counter()
         target = self._target(for_target, args, kwargs)
-        first, _, for_params = jax.random.split(key, 3)
-        pilot = pilots.find(first, target, num_particles=self._num_particles)
-        affine = affine_from(pilot.x)
-        pilot = pilot._replace(x=pilots.to_y(affine, pilot.x))
+        first, _, for_params, again = jax.random.split(key, 4)
+        find = functools.partial(pilots.find, num_particles=self._num_particles)
+        pilot = find(first, target)
+        coordinates, cost = fitted_coordinates(target, pilot.x), Cost(0, 0)
+        if is_decentred(coordinates):
+            cost = _add(cost, pilot)
+            pilot = find(again, target, coordinates=coordinates)
+            coordinates = fitted_coordinates(target, pilot.x)
+        pilot = pilot._replace(x=to_y(coordinates, pilot.x))
         make = self._make_sampler
         if make is None:
             smallest = min(pilots.smallest_scale(pilot.x), 0.05)
             make = functools.partial(recipe.default_sampler, smallest_scale=smallest)
         sampler = make(target.dim, self._num_steps)
         return Trained(
-            target=target.standardised(affine),
+            target=target.standardised(coordinates),
             pilot=pilot,
             probe=None,
             sampler=sampler,
             params=sampler.init(for_params),
             fit=None,
-            cost=_add(Cost(0, 0), pilot),
+            cost=_add(cost, pilot),
             seconds=time.perf_counter() - begin,
             data=(args, kwargs),
         )
@@ -526,12 +537,13 @@ class DiffusionSampler:
     def _find_probe(self, key) -> bool:
         """Adds the second pilot's points to the state; whether Ctrl-C prevented it."""
         begin, state = time.perf_counter(), self._trained()
-        assert state.target.affine is not None
+        assert state.target.coordinates is not None
         try:
             found = pilots.find(
-                jax.random.split(key, 3)[1],
+                jax.random.split(key, 4)[1],
                 state.target.standardised(None),
                 num_particles=self._num_particles,
+                coordinates=state.target.coordinates,
             )
         except KeyboardInterrupt:
             return True
@@ -543,7 +555,7 @@ class DiffusionSampler:
                 stacklevel=3,
             )
             return False
-        x = pilots.to_y(state.target.affine, found.x)
+        x = to_y(state.target.coordinates, found.x)
         self.state = _with_cost(state, found)._replace(
             probe=probes.Probe(x=x, name=found.name),
             seconds=state.seconds + time.perf_counter() - begin,
@@ -666,6 +678,11 @@ class _Grade(NamedTuple):
 def _grade(report: Diagnostics) -> _Grade:
     good = report.pareto_k < PARETO_K_LIMIT and not report.collapsed
     return _Grade(report.verdict.startswith("trust"), good, report.ess_fraction)
+
+
+@jax.jit
+def _log_dets(coordinates: Coordinates, y: Array) -> Array:
+    return jax.vmap(coordinates.forward_and_log_det)(y)[1]
 
 
 _NO_EVIDENCE = LogEvidence(np.nan, np.inf, np.nan, None)

@@ -34,7 +34,7 @@ from numpyro.infer.util import constrain_fn, initialize_model
 from numpyro.util import is_prng_key
 
 from diffsamp.energies import as_key
-from diffsamp.numpyro.affine import Affine, energy_in
+from diffsamp.numpyro.coordinates import Coordinates, energy_in
 from diffsamp.sampler import Sampler
 from diffsamp.types import Array, Params, PyTree
 
@@ -80,8 +80,8 @@ class DiffusionKernel(MCMCKernel):
         num_proposals: paths per move, of which one is picked.
         local_kernel: a kernel of NumPyro's with the same model or potential, such as
             ``NUTS(model)``, that makes one move after each global one.
-        affine: the map from the sampler's coordinates to the unconstrained ones, where
-            it was trained in others (`DiffusionSampler` does).
+        coordinates: the map from the sampler's coordinates to the unconstrained ones,
+            where it was trained in others (`DiffusionSampler` does).
         init_strategy: as in NumPyro; for the local kernel's and the model's set-up. A
             chain itself starts at one of 64 draws of the sampler, picked by weight.
 
@@ -115,7 +115,7 @@ class DiffusionKernel(MCMCKernel):
         *,
         num_proposals: int = 1,
         local_kernel: MCMCKernel | None = None,
-        affine: Affine | None = None,
+        coordinates: Coordinates | None = None,
         init_strategy: Callable = init_to_uniform,
     ):
         if (model is None) == (potential_fn is None):
@@ -133,7 +133,7 @@ class DiffusionKernel(MCMCKernel):
         self._potential_fn = potential_fn
         self._num_proposals = num_proposals
         self._local_kernel = local_kernel
-        self._affine = affine
+        self._coordinates = coordinates
         self._init_strategy = init_strategy
         self._num_warmup = 0
         self._potential_fn_gen = None
@@ -266,7 +266,7 @@ class DiffusionKernel(MCMCKernel):
             wrapper(self._model),
             num_proposals=self._num_proposals,
             local_kernel=None if local is None else local.wrap_model(wrapper),
-            affine=self._affine,
+            coordinates=self._coordinates,
             init_strategy=self._init_strategy,
         )
 
@@ -317,34 +317,36 @@ class DiffusionKernel(MCMCKernel):
 
     def _own_energy(self, energy):
         """The same in the sampler's coordinates."""
-        if self._affine is None:
+        if self._coordinates is None:
             return energy
-        return functools.partial(energy_in, self._affine, energy)
+        return functools.partial(energy_in, self._coordinates, energy)
 
     def _draw(self, key, energy, num):
         """Points [num, D], log-weights and energies of fresh paths."""
         final = jax.vmap(self._sampler.final, in_axes=(None, 0, None))(
             self._params, jax.random.split(key, num), self._own_energy(energy)
         )
-        x, log_weight = final.x, final.log_weight
+        y, log_weight = final.x, final.log_weight
         assert log_weight is not None
-        if self._affine is not None:
-            x = jax.vmap(self._affine.forward)(x)
+        x = y
+        if self._coordinates is not None:
+            x = jax.vmap(self._coordinates.forward)(y)
         log_weight = jnp.where(jnp.isnan(log_weight), -jnp.inf, log_weight)
-        return x, log_weight, self._in_z(final.energy)
+        return x, log_weight, jax.vmap(self._in_z)(final.energy, y)
 
     def _trace(self, key, energy, x):
         """Log-weight of a path drawn backwards from x, and the energy of x."""
-        y = x if self._affine is None else self._affine.inverse(x)
+        y = x if self._coordinates is None else self._coordinates.inverse(x)
         path = self._sampler.trace_back(self._params, key, y, self._own_energy(energy))
         log_weight = jnp.where(jnp.isnan(path.log_weight), -jnp.inf, path.log_weight)
-        return log_weight, self._in_z(path.energy)
+        return log_weight, self._in_z(path.energy, y)
 
-    def _in_z(self, values):
-        """Energies in unconstrained coordinates, of those in the sampler's."""
-        if self._affine is None:
-            return values
-        return values + self._affine.log_det.astype(values.dtype)
+    def _in_z(self, energy, y):
+        """The energy in unconstrained coordinates, of y in the sampler's."""
+        if self._coordinates is None:
+            return energy
+        _, log_det = self._coordinates.forward_and_log_det(y)
+        return energy + log_det.astype(energy.dtype)
 
     def _start(self, potential, unravel, key, init_params):
         key_next, for_start, for_path, for_pick = jax.random.split(as_key(key), 4)

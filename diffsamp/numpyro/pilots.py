@@ -13,12 +13,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.tree_util import Partial
 
 from diffsamp import mcmc, probes
-from diffsamp.energies import as_energy, as_key
-from diffsamp.numpyro.affine import Affine, affine_from, energy_in
-from diffsamp.types import Array, ArrayLike, Energy, Key, Target
+from diffsamp.energies import as_key
+from diffsamp.numpyro.affine import affine_from
+from diffsamp.numpyro.coordinates import Coordinates, in_coordinates, to_x, to_y
+from diffsamp.numpyro.target import ModelTarget
+from diffsamp.types import Array, ArrayLike, Key, Target
 
 _NUM_CHAINS = 32
 _SCATTER = (1.0, 3.0)  # standard deviations of starts, taken in turn
@@ -43,13 +44,22 @@ class Pilot(NamedTuple):
     num_gradient_evaluations: int
 
 
-def find(key: Key, target: Target, *, num_particles: int = 2048) -> Pilot:
+def find(
+    key: Key,
+    target: Target,
+    *,
+    num_particles: int = 2048,
+    coordinates: Coordinates | None = None,
+) -> Pilot:
     """Points from tempered SMC.
 
     Args:
         key: random key; consumed.
         target: the posterior, with its prior if it has one.
         num_particles: N.
+        coordinates: in which particles move on the way from the prior, such as those
+            that `fitted_coordinates` finds by an earlier pilot: in a funnel's neck
+            they do not get far in others. None for the target's own.
 
     Raises:
         ValueError: when SMC reaches the target neither from the prior nor from a
@@ -66,9 +76,13 @@ def find(key: Key, target: Target, *, num_particles: int = 2048) -> Pilot:
     from_prior, from_chains = jax.random.split(as_key(key))
     tried, num_energies, num_gradients = "", 0, 0
     if target.sample_prior is not None:
+        moving = target
+        if coordinates is not None:
+            assert isinstance(target, ModelTarget)
+            moving = target.standardised(coordinates)
         try:
             probe = probes.smc_from_prior(
-                from_prior, target, num_particles=num_particles
+                from_prior, moving, num_particles=num_particles
             )
         except ValueError as error:
             tried = f"{error}; and then: "
@@ -76,7 +90,8 @@ def find(key: Key, target: Target, *, num_particles: int = 2048) -> Pilot:
                 num_energies = error.num_energy_evaluations
                 num_gradients = error.num_gradient_evaluations
         else:
-            return _as_pilot(probe, probe.x)
+            x = probe.x if coordinates is None else to_x(coordinates, probe.x)
+            return _as_pilot(probe, x)
     chains, tempering = jax.random.split(from_chains)
     draws, *spent = _short_chains(chains, target)
     num_energies, num_gradients = num_energies + spent[0], num_gradients + spent[1]
@@ -84,7 +99,7 @@ def find(key: Key, target: Target, *, num_particles: int = 2048) -> Pilot:
     try:
         probe = probes.smc(
             tempering,
-            in_affine(target.energy, affine),
+            in_coordinates(target.energy, affine),
             target.dim,
             scale=_WIDER,
             num_particles=num_particles,
@@ -128,7 +143,7 @@ def _short_chains(key: Key, target: Target):
     affine = affine_from(chosen)
     draws, info = mcmc.run_hmc(
         run,
-        in_affine(target.energy, affine),
+        in_coordinates(target.energy, affine),
         to_y(affine, chosen),
         num_warmup=150,
         num_draws=50,
@@ -184,28 +199,6 @@ def _local_width(points, num_near, rng) -> float:
         covariance = np.cov(near, rowvar=False).reshape(points.shape[1], -1)
         widths.append(np.linalg.eigvalsh(covariance)[0])
     return float(np.sqrt(max(np.quantile(widths, 0.1), 0.0)))
-
-
-def in_affine(energy: Energy, affine: Affine) -> Partial:
-    """The energy of ``y`` with ``x = affine.forward(y)``; data stay data.
-
-    Args:
-        energy: maps [D] to [], of x.
-        affine: the map.
-    """
-    return Partial(energy_in, affine, as_energy(energy))
-
-
-@jax.jit
-def to_y(affine: Affine, x: Array) -> Array:
-    """Points [N, D] in the coordinates of an affine map."""
-    return jax.vmap(affine.inverse)(x)
-
-
-@jax.jit
-def to_x(affine: Affine, y: Array) -> Array:
-    """Points [N, D] out of them."""
-    return jax.vmap(affine.forward)(y)
 
 
 def _as_pilot(probe: probes.Probe, x: Array) -> Pilot:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
 
-from diffsamp.numpyro.pilots import to_x
+from diffsamp.numpyro.coordinates import to_x
 from diffsamp.numpyro.target import ModelTarget
 from diffsamp.types import Array, ArrayLike
 
@@ -78,7 +78,7 @@ def columns(target: ModelTarget, y: ArrayLike) -> Columns:
     plain = target.standardised(None)
     assert plain.unravel is not None
     y = jnp.asarray(y)
-    x = y if target.affine is None else to_x(target.affine, y)
+    x = y if target.coordinates is None else to_x(target.coordinates, y)
     index = plain.unravel(jnp.arange(plain.dim, dtype=jnp.result_type(float)))
     own = {int(i): name for name, v in index.items() for i in np.ravel(v)}
     names = [f"{own[i]!r} (unconstrained)" for i in range(plain.dim)]

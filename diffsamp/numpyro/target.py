@@ -24,7 +24,8 @@ from numpyro.infer import init_to_uniform
 from numpyro.infer.util import constrain_fn, initialize_model, unconstrain_fn
 
 from diffsamp.energies import as_key
-from diffsamp.numpyro.affine import Affine, affine_from
+from diffsamp.numpyro.affine import affine_from
+from diffsamp.numpyro.coordinates import Chain, Coordinates
 from diffsamp.standardise import Pilot
 from diffsamp.types import Array, Key, Target
 
@@ -49,8 +50,8 @@ class ModelTarget(Target):
             integral of exp(-energy) is no marginal likelihood, and ``log_prior``,
             ``log_likelihood`` and ``sample_prior`` are None.
         initial: a point [D] where energy and gradient are finite.
-        affine: the map from this target's coordinates to NumPyro's unconstrained ones;
-            None where they are the same (see :meth:`standardised`).
+        coordinates: the map from this target's coordinates to NumPyro's unconstrained
+            ones; None where they are the same (see :meth:`standardised`).
     """
 
     unravel: Callable[[Array], dict[str, Array]] | None = None
@@ -59,7 +60,7 @@ class ModelTarget(Target):
     improper_sites: tuple[str, ...] = ()
     is_proper: bool = True
     initial: Array | None = None
-    affine: Affine | None = None
+    coordinates: Coordinates | None = None
     _program: Any = dataclasses.field(default=None, repr=False)
 
     def with_data(self, *model_args: Any, **model_kwargs: Any) -> ModelTarget:
@@ -105,16 +106,16 @@ class ModelTarget(Target):
                 f"got {shapes}; call target_from_model for data of another size"
             )
 
-        return self._bind(data, self.affine, log_z=None)
+        return self._bind(data, self.coordinates, log_z=None)
 
-    def standardised(self, affine: Affine | None) -> ModelTarget:
-        """The same posterior in other coordinates y, with x = affine.forward(y).
+    def standardised(self, coordinates: Coordinates | None) -> ModelTarget:
+        """The same posterior in other coordinates y, with x = coordinates.forward(y).
 
         Energy and prior hold the log-determinant, so log Z is the same.
 
         Args:
-            affine: from y to this target's coordinates; maps follow one another. None
-                for NumPyro's unconstrained coordinates again.
+            coordinates: from y to this target's coordinates; maps follow one another.
+                None for NumPyro's unconstrained coordinates again.
 
         Returns:
             A target; ``modes`` is None, for it belonged to the coordinates.
@@ -130,17 +131,17 @@ class ModelTarget(Target):
             >>> bool(jnp.std(unit.sample_prior(jax.random.key(1), 1_000)) < 1.1)
             True
         """
-        if affine is not None and self.affine is not None:
-            affine = Affine(
-                self.affine.forward(affine.loc), self.affine.matrix @ affine.matrix
-            )
-        return self._bind(self.energy.args[1], affine)
+        if coordinates is not None and self.coordinates is not None:
+            coordinates = Chain(self.coordinates, coordinates)
+        return self._bind(self.energy.args[1], coordinates)
 
-    def _bind(self, data: tuple, affine: Affine | None, **changes: Any) -> ModelTarget:
+    def _bind(
+        self, data: tuple, coordinates: Coordinates | None, **changes: Any
+    ) -> ModelTarget:
         def rebind(function):
             if function is None:
                 return None
-            return Partial(function.func, self._program, data, affine)
+            return Partial(function.func, self._program, data, coordinates)
 
         initial = self._program.initial
         return dataclasses.replace(
@@ -151,9 +152,9 @@ class ModelTarget(Target):
             log_prior=rebind(self.log_prior),
             log_likelihood=rebind(self.log_likelihood),
             sample_prior=rebind(self.sample_prior),
-            unravel=Partial(_unravel, self._program, affine),
-            initial=initial if affine is None else affine.inverse(initial),
-            affine=affine,
+            unravel=Partial(_unravel, self._program, coordinates),
+            initial=initial if coordinates is None else coordinates.inverse(initial),
+            coordinates=coordinates,
             modes=None,
             sample=None,
             **changes,
@@ -503,30 +504,33 @@ def _merge_data(data: tuple, structure: _Structure) -> tuple[tuple, dict]:
 _compiled = functools.partial(jax.jit, inline=True)
 
 
-def _unconstrained(affine: Affine | None, y: Array) -> Array:
-    return y if affine is None else affine.forward(y)
+def _unconstrained(coordinates: Coordinates | None, y: Array) -> tuple[Array, Array]:
+    """NumPyro's unconstrained point x of y, and the log-determinant of dx/dy."""
+    if coordinates is None:
+        return y, jnp.zeros((), y.dtype)
+    return coordinates.forward_and_log_det(y)
 
 
-def _log_det(affine: Affine | None, y: Array) -> Array:
-    zero = jnp.zeros((), y.dtype)
-    return zero if affine is None else affine.log_det.astype(y.dtype)
-
-
-def _unravel(program: _Program, affine: Affine | None, y: Array) -> dict[str, Array]:
-    return program.unravel(_unconstrained(affine, y))
+def _unravel(
+    program: _Program, coordinates: Coordinates | None, y: Array
+) -> dict[str, Array]:
+    return program.unravel(y if coordinates is None else coordinates.forward(y))
 
 
 @_compiled
-def _energy(program: _Program, data: tuple, affine: Affine | None, y: Array) -> Array:
+def _energy(
+    program: _Program, data: tuple, coordinates: Coordinates | None, y: Array
+) -> Array:
     """Minus the log joint density of y; NaN counts as no density."""
     args, kwargs = program.arguments(data)
-    value = program.potential_fn(*args, **kwargs)(_unravel(program, affine, y))
-    return jnp.where(jnp.isnan(value), jnp.inf, value) - _log_det(affine, y)
+    x, log_det = _unconstrained(coordinates, y)
+    value = program.potential_fn(*args, **kwargs)(program.unravel(x)) - log_det
+    return jnp.where(jnp.isnan(value), jnp.inf, value)
 
 
 @_compiled
 def _constrain(
-    program: _Program, data: tuple, affine: Affine | None, y: Array
+    program: _Program, data: tuple, coordinates: Coordinates | None, y: Array
 ) -> dict[str, Array]:
     """Latent and deterministic sites at a flat point [D].
 
@@ -538,7 +542,7 @@ def _constrain(
         handlers.seed(program.model, jax.random.key(0)),
         args,
         kwargs,
-        _unravel(program, affine, y),
+        _unravel(program, coordinates, y),
         return_deterministic=True,
     )
 
@@ -547,19 +551,17 @@ def _constrain(
 def _unconstrain(
     program: _Program,
     data: tuple,
-    affine: Affine | None,
+    coordinates: Coordinates | None,
     sites: Mapping[str, Array],
 ) -> Array:
     args, kwargs = program.arguments(data)
     latent = {site: jnp.asarray(sites[site]) for site in program.site_names}
     x = ravel_pytree(unconstrain_fn(program.model, args, kwargs, latent))[0]
-    return x if affine is None else affine.inverse(x)
+    return x if coordinates is None else coordinates.inverse(x)
 
 
-def _site_log_probs(
-    program: _Program, data: tuple, affine: Affine | None, y: Array
-) -> dict[str, Array]:
-    """Log-density of each site; `_<site>_log_det` are those of the transforms.
+def _site_log_probs(program: _Program, data: tuple, x: Array) -> dict[str, Array]:
+    """Log-density of each site at x; `_<site>_log_det` are those of the transforms.
 
     A trace *around* NumPyro's potential sees every site the potential sums, so the
     parts add up to it by construction.
@@ -567,7 +569,7 @@ def _site_log_probs(
     args, kwargs = program.arguments(data)
     potential = program.potential_fn(*args, **kwargs)
     with handlers.trace() as trace:
-        potential(_unravel(program, affine, y))
+        potential(program.unravel(x))
     log_probs = {}
     for site, message in trace.items():
         if message["type"] == "sample":
@@ -589,34 +591,35 @@ def _no_nan(log_density: Array) -> Array:
 
 @_compiled
 def _log_prior(
-    program: _Program, data: tuple, affine: Affine | None, y: Array
+    program: _Program, data: tuple, coordinates: Coordinates | None, y: Array
 ) -> Array:
     prior = _prior_sites(program)
-    log_probs = _site_log_probs(program, data, affine, y)
-    log_det = _log_det(affine, y)
+    x, log_det = _unconstrained(coordinates, y)
+    log_probs = _site_log_probs(program, data, x)
     return _no_nan(sum((v for s, v in log_probs.items() if s in prior), log_det))
 
 
 @_compiled
 def _log_likelihood(
-    program: _Program, data: tuple, affine: Affine | None, y: Array
+    program: _Program, data: tuple, coordinates: Coordinates | None, y: Array
 ) -> Array:
     prior = _prior_sites(program)
-    log_probs = _site_log_probs(program, data, affine, y)
+    x, _ = _unconstrained(coordinates, y)
+    log_probs = _site_log_probs(program, data, x)
     zero = jnp.zeros((), y.dtype)
     return _no_nan(sum((v for s, v in log_probs.items() if s not in prior), zero))
 
 
 @_compiled
 def _rest_of_log_joint(
-    program: _Program, data: tuple, affine: Affine | None, y: Array
+    program: _Program, data: tuple, coordinates: Coordinates | None, y: Array
 ) -> Array:
     """The likelihood where sites are summed out, which is no sum over sites."""
-    log_prior = _log_prior(program, data, affine, y)
+    log_prior = _log_prior(program, data, coordinates, y)
     return jnp.where(
         jnp.isneginf(log_prior),
         -jnp.inf,
-        _no_nan(-_energy(program, data, affine, y) - log_prior),
+        _no_nan(-_energy(program, data, coordinates, y) - log_prior),
     )
 
 
@@ -636,7 +639,7 @@ def _depends_on_enumerated(program: _Program, data: tuple) -> bool:
 
 @functools.partial(jax.jit, static_argnums=4, inline=True)
 def _sample_prior(
-    program: _Program, data: tuple, affine: Affine | None, key: Key, n: int
+    program: _Program, data: tuple, coordinates: Coordinates | None, key: Key, n: int
 ) -> Array:
     """Draws of the latent sites in the target's coordinates, [n, D]; consumes key."""
     args, kwargs = program.arguments(data)
@@ -649,7 +652,7 @@ def _sample_prior(
             support = trace[site]["fn"].support
             flat[site] = dist.biject_to(support).inv(trace[site]["value"])
         x = ravel_pytree(flat)[0]
-        return x if affine is None else affine.inverse(x)
+        return x if coordinates is None else coordinates.inverse(x)
 
     return jax.vmap(draw)(jax.random.split(key, n))
 

@@ -14,7 +14,7 @@ import pytest
 from numpyro.infer import MCMC, NUTS, Predictive
 
 import diffsamp as ds
-from diffsamp.numpyro import Affine, DiffusionSampler, affine_from, pilots
+from diffsamp.numpyro import DiffusionSampler, pilots
 from diffsamp.numpyro.agreement import PRECISE, imprecision
 from diffsamp.numpyro.verdicts import checked
 from diffsamp.types import Target
@@ -426,39 +426,7 @@ def test_bad_arguments_are_named(call, words):
         call()
 
 
-# ------------------------------------------------------------------ affine coordinates
-
-
-def test_affine_maps():
-    draws = np.random.default_rng(0).normal(size=(5_000, 3)) @ np.array(
-        [[2.0, 0.0, 0.0], [1.0, 0.5, 0.0], [0.0, 3.0, 0.1]]
-    )
-    affine = affine_from(draws + 7.0)
-    y = np.asarray(pilots.to_y(affine, jnp.asarray(draws + 7.0, jnp.float32)))
-    np.testing.assert_allclose(np.cov(y.T), np.eye(3), atol=0.02)
-    back = pilots.to_x(affine, jnp.asarray(y))
-    np.testing.assert_allclose(back, draws + 7.0, rtol=1e-3, atol=1e-2)
-    volume = np.linalg.slogdet(np.asarray(affine.matrix, np.float64))[1]
-    assert float(affine.log_det) == pytest.approx(volume, rel=1e-5)
-    with pytest.raises(ValueError, match=r"no spread in coordinates \[1\]"):
-        affine_from(np.array([[0.0, 1.0], [1.0, 1.0]]))
-    with pytest.raises(ValueError, match="at least two finite points"):
-        affine_from(np.array([[0.0, np.nan], [1.0, 1.0]]))
-
-
-def test_the_integral_is_the_same_in_affine_coordinates(x64):
-    affine = Affine(jnp.array([1.0]), jnp.array([[0.5]]))
-
-    def energy(x):
-        return jnp.sum((x - 2.0) ** 4)
-
-    grid = np.linspace(-30, 30, 60_001)
-    in_y = pilots.in_affine(energy, affine)
-    totals = [
-        np.trapezoid(np.exp(-np.asarray(jax.vmap(e)(grid[:, None]))), grid)
-        for e in (energy, in_y)
-    ]
-    assert totals[0] == pytest.approx(totals[1], rel=1e-8)
+# -------------------------------------------------------------------- smallest scale
 
 
 def test_the_narrow_places_set_the_smallest_scale():

@@ -17,7 +17,12 @@ from numpyro.infer import HMC, MCMC, NUTS
 from tables import mostly_slow
 
 import diffsamp as ds
-from diffsamp.numpyro import Affine, DiffusionKernel, target_from_model
+from diffsamp.numpyro import (
+    Affine,
+    Bent,
+    DiffusionKernel,
+    target_from_model,
+)
 
 pytestmark = pytest.mark.relaxed("dtypes", "ranks")
 
@@ -163,14 +168,25 @@ def test_the_path_is_redrawn_after_a_local_move():
         state = new
 
 
+OTHERS = {
+    "affine": Affine(jnp.array([1.0, 0.5]), jnp.array([[1.2, 0.0], [0.4, 0.8]])),
+    "bent": Bent(
+        shift=jnp.array([0.5, 1.0]),
+        stretch=jnp.array([0.8, 0.5]),
+        skew=jnp.array([0.3, 0.0]),
+        tail=jnp.array([1.0, 1.3]),
+    ),
+}
+
+
 @pytest.mark.slow
-def test_affine_coordinates():
+@pytest.mark.parametrize("coordinates", OTHERS.values(), ids=OTHERS)
+def test_other_coordinates(coordinates):
     """A sampler trained in other coordinates moves the same chain."""
-    affine = Affine(jnp.array([1.0, 0.5]), jnp.array([[1.2, 0.0], [0.4, 0.8]]))
     sampler = ds.samplers.dis(2, 3, scale=1.5, network=ds.networks.free(8, 1))
     params = sampler.init(jax.random.key(0))
     kernel = DiffusionKernel(
-        sampler, params, potential_fn=skewed, num_proposals=4, affine=affine
+        sampler, params, potential_fn=skewed, num_proposals=4, coordinates=coordinates
     )
     mcmc, go = run(kernel, 10_000, num_chains=4, chain_method="vectorized")
     go(extra_fields=("potential_energy",))

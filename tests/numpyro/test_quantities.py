@@ -32,7 +32,7 @@ def test_every_site_and_coordinate_is_a_column(target):
     free = ["'p' (unconstrained)"] * 2 + ["'tau' (unconstrained)"]
     sites = ["'large'", "'one'", "'one'", *["'p'"] * 3, "'tau'"]
     assert list(found.names) == free + sites
-    x = np.stack([target.affine.forward(jnp.asarray(row)) for row in y[-3:]])
+    x = np.stack([target.coordinates.forward(jnp.asarray(row)) for row in y[-3:]])
     np.testing.assert_allclose(found.values[-3:, :3], x, rtol=1e-5)
     np.testing.assert_allclose(found.values[:, -1], np.exp(found.values[:, 2]), 1e-4)
     np.testing.assert_allclose(found.values[:, 6:9].sum(axis=1), 1.0, rtol=1e-5)
