@@ -21,7 +21,7 @@ from diffsamp.types import Array, Energy
 
 
 class Coordinates(Protocol):
-    """A map such as `Affine` or `Autoregressive`; a pytree of arrays."""
+    """A map such as `Affine`; a pytree."""
 
     def forward(self, y: Array) -> Array:
         """X of y, [D]."""
@@ -102,3 +102,9 @@ def to_y(coordinates: Coordinates, x: Array) -> Array:
 def to_x(coordinates: Coordinates, y: Array) -> Array:
     """Points [N, D] out of them."""
     return jax.vmap(coordinates.forward)(y)
+
+
+@jax.jit
+def log_dets_of(coordinates: Coordinates, y: Array) -> Array:
+    """Log-determinants of dx/dy at points [N, D], [N]."""
+    return jax.vmap(coordinates.forward_and_log_det)(y)[1]

@@ -6,8 +6,9 @@ depends on other sites, makes a funnel where data say little of it. In
     theta = loc + scale y,  log det = sum of log scale,
 
 y has none. Location and scale are read off the model by replaying it, so that the map
-is exact in the narrowest neck. Which sites profit is told by draws: each is decentred
-if a Gaussian fits them better then, by its KL divergence from them.
+is as exact in the narrowest neck as the digits of theta allow. Which sites profit is
+told by draws: each is decentred if a Gaussian fits them clearly better then, by its KL
+divergence from them.
 
 Papaspiliopoulos, Roberts, Skoeld (2007), "A general framework for the parametrization
 of hierarchical models"; `numpyro.infer.reparam.LocScaleReparam` is the same inside of a
@@ -26,11 +27,12 @@ from jax.flatten_util import ravel_pytree
 from numpyro import handlers
 from numpyro.primitives import Messenger
 
-from diffsamp.numpyro.coordinates import to_y
+from diffsamp.numpyro.affine import affine_from
+from diffsamp.numpyro.coordinates import log_dets_of, to_y
 from diffsamp.numpyro.target import ModelTarget
 from diffsamp.types import Array, ArrayLike
 
-LEAST_GAIN = 0.1  # nats, for a site to be decentred
+LEAST_GAIN = 0.1  # nats, and what chance makes of so many draws, to decentre a site
 FAMILIES = (dist.Normal, dist.LogNormal, dist.StudentT, dist.Cauchy, dist.Laplace)
 
 
@@ -72,7 +74,8 @@ class Decentred(NamedTuple):
             if name in self.chosen:
                 parameters = location_scale(site["fn"])
                 assert parameters is not None
-                loc, scale = parameters
+                # With `sample_shape` a site is larger than its distribution.
+                loc, scale = (jnp.broadcast_to(v, value.shape) for v in parameters)
                 loc = jnp.where(self.chosen[name], loc, 0.0).astype(point.dtype)
                 scale = jnp.where(self.chosen[name], scale, 1.0).astype(point.dtype)
                 log_scales.append(jnp.ravel(jnp.log(scale)))
@@ -91,11 +94,15 @@ def decentred_from(target: ModelTarget, draws: ArrayLike) -> Decentred | None:
     """The map for a posterior, chosen by draws of it.
 
     Args:
-        target: the posterior, in NumPyro's unconstrained coordinates.
-        draws: points of it, [N, D].
+        target: the posterior; its own coordinates are put aside.
+        draws: points of it in NumPyro's unconstrained coordinates, [N, D].
 
     Returns:
-        A map, perhaps the identity; None for a model without such sites.
+        A map; None for a model without such sites. Where none profits it is the
+        identity, so that other data find the same compiled code.
+
+    Raises:
+        ValueError: as `affine_from`.
 
     Example:
         >>> import jax, jax.numpy as jnp, numpyro, numpyro.distributions as dist
@@ -115,16 +122,18 @@ def decentred_from(target: ModelTarget, draws: ArrayLike) -> Decentred | None:
         return None
     chosen = {name: jnp.zeros((), bool) for name in sites}
     best = _nats(Decentred(program, data, chosen), points)
+    num, dim = points.shape
+    gain = LEAST_GAIN + 2 * np.sqrt(dim / num)
     for name in sites:
         other = chosen | {name: jnp.ones((), bool)}
         nats = _nats(Decentred(program, data, other), points)
-        if nats < best - LEAST_GAIN:
+        if nats < best - gain:
             best, chosen = nats, other
     return Decentred(program, data, chosen)
 
 
 def location_scale(fn: Any) -> tuple[Array, Array] | None:
-    """Those of a distribution, of the shape of its draws, if it has them.
+    """Those of a distribution, of its shape, if it has them.
 
     Args:
         fn: a NumPyro distribution.
@@ -139,25 +148,32 @@ def location_scale(fn: Any) -> tuple[Array, Array] | None:
 
 
 def _run(program, data, place):
-    """Runs the model with sites where `place` puts them."""
+    """Runs the model with sites where `place` puts them; no draw plays a part."""
     args, kwargs = program.arguments(data)
-    model = handlers.seed(program.model, jax.random.key(0))
-    model = handlers.substitute(model, substitute_fn=place)
+    seeded = handlers.seed(program.model, jax.random.key(0))
+    model = handlers.substitute(seeded, substitute_fn=place)
     handlers.trace(model).get_trace(*args, **kwargs)
 
 
 class _Watch(Messenger):
-    """Sees whether there is control flow."""
+    """Sees whether there is control flow, or a site that no coordinate determines."""
 
-    found = False
+    def __init__(self, site_names):
+        super().__init__()
+        self.site_names, self.found = site_names, False
 
     def process_message(self, msg):
-        self.found |= msg["type"] == "control_flow"
+        is_drawn = (
+            msg["type"] == "sample"
+            and not msg["is_observed"]
+            and msg["name"] not in self.site_names
+        )
+        self.found |= is_drawn or msg["type"] == "control_flow"
 
 
-def _has_control_flow(program, data, x) -> bool:
+def _is_out_of_reach(program, data, x) -> bool:
     args, kwargs = program.arguments(data)
-    watch = _Watch()
+    watch = _Watch(program.site_names)
     with watch:
         jax.eval_shape(program.potential_fn(*args, **kwargs), program.unravel(x))
     return watch.found
@@ -165,52 +181,45 @@ def _has_control_flow(program, data, x) -> bool:
 
 @jax.jit
 def _parameters(program, data, x):
-    """Location and scale of the sites that have them, at x."""
-    given, found = program.unravel(x), {}
+    """Location and scale at points [N, D] of the sites that have them."""
 
-    def place(site):
-        if site["type"] != "sample" or site["name"] not in given:
-            return None
-        parameters = location_scale(site["fn"])
-        if parameters is not None:
-            found[site["name"]] = parameters
-        return dist.biject_to(site["fn"].support)(given[site["name"]])
+    def at(x):
+        given, found = program.unravel(x), {}
 
-    _run(program, data, place)
-    return found
+        def place(site):
+            if site["type"] != "sample" or site["name"] not in given:
+                return None
+            parameters = location_scale(site["fn"])
+            if parameters is not None:
+                found[site["name"]] = parameters
+            return dist.biject_to(site["fn"].support)(given[site["name"]])
+
+        _run(program, data, place)
+        return found
+
+    return jax.vmap(at)(x)
 
 
 def _dependent(program, data, points) -> list[str]:
     """Sites whose location or scale is not the same at all points.
 
-    None of a model with `scan` and the like, within which they are out of reach.
+    None of a model with `scan` and the like, within which they are out of reach, or
+    with discrete sites, on which parameters may hang.
     """
-    if _has_control_flow(program, data, points[0]):
+    if _is_out_of_reach(program, data, points[0]):
         return []
-    several = [_parameters(program, data, x) for x in points[:3]]
-    first = several[0]
     return [
         name
-        for name in first
-        if any(
-            not np.array_equal(a, b)
-            for other in several[1:]
-            for a, b in zip(first[name], other[name], strict=True)
-        )
+        for name, values in _parameters(program, data, points).items()
+        if any(not np.array_equal(v, np.broadcast_to(v[:1], v.shape)) for v in values)
     ]
 
 
 def _nats(coordinates, x) -> float:
     """KL divergence of a Gaussian in other coordinates, but for a constant."""
-    y = np.asarray(to_y(coordinates, x), np.float64)
-    if not np.all(np.isfinite(y)):
+    y = to_y(coordinates, x)
+    if not bool(jnp.all(jnp.isfinite(y))):
         return np.inf
-    covariance = np.cov(y, rowvar=False).reshape(y.shape[1], -1)
-    log_dets = _log_dets(coordinates, jnp.asarray(y, x.dtype))
-    sign, half = np.linalg.slogdet(covariance)
-    return float(0.5 * half + np.mean(log_dets)) if sign > 0 else np.inf
-
-
-@jax.jit
-def _log_dets(coordinates, y):
-    return jax.vmap(coordinates.forward_and_log_det)(y)[1]
+    affine = affine_from(y)
+    _, log_dets = jax.vmap(affine.forward_and_log_det)(y[:1])
+    return float(log_dets[0] + jnp.mean(log_dets_of(coordinates, y)))

@@ -18,8 +18,9 @@ def fitted_coordinates(target: ModelTarget, draws: Array) -> Coordinates:
     """The map from such coordinates to NumPyro's unconstrained ones.
 
     Args:
-        target: the posterior, in NumPyro's unconstrained coordinates.
-        draws: points of it, [N, D], in the order in which they were made.
+        target: the posterior; its own coordinates are put aside.
+        draws: points of it in NumPyro's unconstrained coordinates, [N, D], in the order
+            in which they were made.
 
     Raises:
         ValueError: as `affine_from`.

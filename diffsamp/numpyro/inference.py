@@ -9,7 +9,7 @@ What `DiffusionSampler` does by default, each step a function of its own elsewhe
    funnel, in whose neck SMC moves badly, it runs again in these.
 3. Training in rounds (`recipe.stages`) of a sampler (`recipe.default_sampler`) whose
    noise ends at the width of the narrow places (`pilots.smallest_scale`).
-4. After each stage: draws, weights, and the verdict with an independent probe (a second
+4. After each stage: draws, weights, and the verdict with an independent probe (another
    pilot) and what else ``trust`` asks for (`verdicts.checked`). It says whether to go
    on; at the end the best state so judged is kept.
 5. `DiffusionSampler.run` draws until means and variances are known well, or enough is
@@ -40,7 +40,7 @@ from diffsamp.drawing import Draws
 from diffsamp.energies import as_key
 from diffsamp.numpyro import pilots, recipe
 from diffsamp.numpyro.arviz import to_arviz
-from diffsamp.numpyro.coordinates import Coordinates, to_y
+from diffsamp.numpyro.coordinates import log_dets_of, to_y
 from diffsamp.numpyro.fitted import fitted_coordinates, is_decentred
 from diffsamp.numpyro.kernel import DiffusionKernel
 from diffsamp.numpyro.quantities import constrained
@@ -50,7 +50,6 @@ from diffsamp.sampler import Sampler
 from diffsamp.summary import summary as table
 from diffsamp.summary import verdict_lines
 from diffsamp.types import (
-    Array,
     Behaviour,
     Cost,
     Key,
@@ -244,7 +243,10 @@ class DiffusionSampler:
                 is_over = self._train(training_key, stage, left, budget | options)
                 if judged and not is_over:
                     grade = _grade(self._judge(jax.random.fold_in(for_judging, i)))
-                    if best is None or grade >= best[0]:
+                    # What trusts its points only has too light tails at times.
+                    is_first_round = state.fit is None and i == 1
+                    is_whole = is_first_round and grade.is_trusted
+                    if best is None or grade >= best[0] or is_whole:
                         best = grade, self.state.params
                     is_good = grade.is_trusted and grade.ess_fraction >= ENOUGH_ESS
                     is_over = is_good and i > 0  # a whole round, for the tails
@@ -413,7 +415,7 @@ class DiffusionSampler:
         assert draws.log_weight is not None
         assert coordinates is not None
         price = state.sampler.evaluations_per_path
-        log_det = _log_dets(coordinates, draws.x[self._index])
+        log_det = log_dets_of(coordinates, draws.x[self._index])
         fields = {
             "potential_energy": draws.energy[self._index] + np.asarray(log_det),
             "log_weight": draws.log_weight[self._index],
@@ -511,11 +513,17 @@ class DiffusionSampler:
         first, _, for_params, again = jax.random.split(key, 4)
         find = functools.partial(pilots.find, num_particles=self._num_particles)
         pilot = find(first, target)
-        coordinates, cost = fitted_coordinates(target, pilot.x), Cost(0, 0)
-        if is_decentred(coordinates):
-            cost = _add(cost, pilot)
-            pilot = find(again, target, coordinates=coordinates)
-            coordinates = fitted_coordinates(target, pilot.x)
+        cost, coordinates = _add(Cost(0, 0), pilot), fitted_coordinates(target, pilot.x)
+        if is_decentred(coordinates) and target.sample_prior is not None:
+            try:
+                second = find(again, target, coordinates=coordinates)
+            except ValueError:
+                pass  # the first one stands
+            else:
+                cost = _add(cost, second)
+                if second.name == pilot.name:  # not of chains, which may miss modes
+                    pilot = second
+                    coordinates = fitted_coordinates(target, pilot.x)
         pilot = pilot._replace(x=to_y(coordinates, pilot.x))
         make = self._make_sampler
         if make is None:
@@ -529,7 +537,7 @@ class DiffusionSampler:
             sampler=sampler,
             params=sampler.init(for_params),
             fit=None,
-            cost=_add(cost, pilot),
+            cost=cost,
             seconds=time.perf_counter() - begin,
             data=(args, kwargs),
         )
@@ -537,13 +545,14 @@ class DiffusionSampler:
     def _find_probe(self, key) -> bool:
         """Adds the second pilot's points to the state; whether Ctrl-C prevented it."""
         begin, state = time.perf_counter(), self._trained()
-        assert state.target.coordinates is not None
+        coordinates = state.target.coordinates
+        assert coordinates is not None
         try:
             found = pilots.find(
                 jax.random.split(key, 4)[1],
                 state.target.standardised(None),
                 num_particles=self._num_particles,
-                coordinates=state.target.coordinates,
+                coordinates=coordinates if is_decentred(coordinates) else None,
             )
         except KeyboardInterrupt:
             return True
@@ -555,7 +564,7 @@ class DiffusionSampler:
                 stacklevel=3,
             )
             return False
-        x = to_y(state.target.coordinates, found.x)
+        x = to_y(coordinates, found.x)
         self.state = _with_cost(state, found)._replace(
             probe=probes.Probe(x=x, name=found.name),
             seconds=state.seconds + time.perf_counter() - begin,
@@ -678,11 +687,6 @@ class _Grade(NamedTuple):
 def _grade(report: Diagnostics) -> _Grade:
     good = report.pareto_k < PARETO_K_LIMIT and not report.collapsed
     return _Grade(report.verdict.startswith("trust"), good, report.ess_fraction)
-
-
-@jax.jit
-def _log_dets(coordinates: Coordinates, y: Array) -> Array:
-    return jax.vmap(coordinates.forward_and_log_det)(y)[1]
 
 
 _NO_EVIDENCE = LogEvidence(np.nan, np.inf, np.nan, None)

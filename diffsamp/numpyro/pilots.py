@@ -57,9 +57,10 @@ def find(
         key: random key; consumed.
         target: the posterior, with its prior if it has one.
         num_particles: N.
-        coordinates: in which particles move on the way from the prior, such as those
-            that `fitted_coordinates` finds by an earlier pilot: in a funnel's neck
-            they do not get far in others. None for the target's own.
+        coordinates: in which particles move on the way from the prior of a
+            `ModelTarget`, such as those that `fitted_coordinates` finds by an earlier
+            pilot: in a funnel's neck they do not get far in others. None for the
+            target's own.
 
     Raises:
         ValueError: when SMC reaches the target neither from the prior nor from a
@@ -78,7 +79,11 @@ def find(
     if target.sample_prior is not None:
         moving = target
         if coordinates is not None:
-            assert isinstance(target, ModelTarget)
+            if not isinstance(target, ModelTarget):
+                raise TypeError(
+                    "coordinates are for a ModelTarget, of `target_from_model`; got "
+                    f"target of type {type(target).__name__}"
+                )
             moving = target.standardised(coordinates)
         try:
             probe = probes.smc_from_prior(

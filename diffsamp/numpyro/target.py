@@ -25,7 +25,7 @@ from numpyro.infer.util import constrain_fn, initialize_model, unconstrain_fn
 
 from diffsamp.energies import as_key
 from diffsamp.numpyro.affine import affine_from
-from diffsamp.numpyro.coordinates import Chain, Coordinates
+from diffsamp.numpyro.coordinates import Chain, Coordinates, to_y
 from diffsamp.standardise import Pilot
 from diffsamp.types import Array, Key, Target
 
@@ -153,7 +153,9 @@ class ModelTarget(Target):
             log_likelihood=rebind(self.log_likelihood),
             sample_prior=rebind(self.sample_prior),
             unravel=Partial(_unravel, self._program, coordinates),
-            initial=initial if coordinates is None else coordinates.inverse(initial),
+            initial=initial
+            if coordinates is None
+            else to_y(coordinates, initial[None])[0],
             coordinates=coordinates,
             modes=None,
             sample=None,
