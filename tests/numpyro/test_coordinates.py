@@ -1,6 +1,7 @@
 """Maps to coordinates in which a posterior is about a unit normal."""
 
 import functools
+import pickle
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ import pytest
 import scipy.optimize
 import scipy.stats
 from numpyro.contrib.control_flow import scan
+from numpyro.infer import MCMC
 
 import diffsamp as ds
 from diffsamp.numpyro import (
@@ -313,7 +315,7 @@ def test_a_model_in_other_coordinates(x64):
 
 @relaxed
 def test_a_sampler_of_a_centred_model(x64):
-    """It works in coordinates without the funnel, and gives energies of the model."""
+    """It works without the funnel, gives energies of the model, and moves chains."""
     inference = DiffusionSampler(model, num_steps=2, num_particles=256)
     inference.fit(jax.random.key(0), 4, Y, progress_bar=False)
     inference.run(jax.random.key(1), 100, Y, progress_bar=False)
@@ -322,6 +324,32 @@ def test_a_sampler_of_a_centred_model(x64):
     x = jax.vmap(plain.unconstrain)(inference.get_samples())
     energies = inference.get_extra_fields()["potential_energy"]
     np.testing.assert_allclose(energies, jax.vmap(plain.energy)(x), rtol=1e-6)
+    kernel = pickle.loads(pickle.dumps(inference.kernel(num_proposals=4)))
+    mcmc = MCMC(
+        kernel,
+        num_warmup=0,
+        num_samples=5,
+        num_chains=2,
+        chain_method="vectorized",
+        progress_bar=False,
+    )
+    mcmc.run(jax.random.key(2), Y, extra_fields=("potential_energy",))
+    x = jax.vmap(plain.unconstrain)(mcmc.get_samples())
+    energies = mcmc.get_extra_fields()["potential_energy"]
+    np.testing.assert_allclose(energies, jax.vmap(plain.energy)(x), rtol=1e-6)
+    compiled = []
+
+    def note(event, seconds, **_):
+        if event.endswith("backend_compile_duration"):
+            compiled.append(seconds)
+
+    jax.monitoring.register_event_duration_secs_listener(note)
+    try:
+        inference.fit(jax.random.key(0), 4, Y + 1, progress_bar=False)
+        inference.run(jax.random.key(1), 100, Y + 1, progress_bar=False)
+    finally:
+        jax.monitoring.unregister_event_duration_listener(note)
+    assert sum(compiled) < 2.0
 
 
 def funnel():
