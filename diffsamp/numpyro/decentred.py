@@ -42,8 +42,7 @@ class Decentred(NamedTuple):
     Attributes:
         program: the static part of a `ModelTarget`.
         data: of its callables.
-        chosen: whether a site is decentred; every site has a number, an array without
-            dimensions.
+        chosen: of every site that could be decentred whether it is, [] each.
     """
 
     program: Any
