@@ -2,10 +2,10 @@
 
 With ``x = forward(y)`` one to one and smooth but for kinks, the energy of y is
 
-    E_y(y) = E(forward(y)) - log |det dx/dy|,
+    E_y(y) = E(forward(y)) - log_det(y),
 
-so that the integral of ``exp(-energy)``, the evidence, is the
-same in both.
+with the log-determinant of dx/dy, so that the integral of ``exp(-energy)``, the
+evidence, is the same in both.
 """
 
 from __future__ import annotations
