@@ -138,3 +138,17 @@ def x64():
     """float64 within one test; request it first, before other fixtures make arrays."""
     with _x64_enabled():
         yield
+
+
+@pytest.fixture
+def compiled():
+    """Seconds of each program that XLA compiles within the test, as they come."""
+    found = []
+
+    def note(event, seconds, **_):
+        if event.endswith("backend_compile_duration"):
+            found.append(seconds)
+
+    jax.monitoring.register_event_duration_secs_listener(note)
+    yield found
+    jax.monitoring.unregister_event_duration_listener(note)

@@ -73,7 +73,6 @@ class Decentred(NamedTuple):
             if name in self.chosen:
                 parameters = location_scale(site["fn"])
                 assert parameters is not None
-                # With `sample_shape` a site is larger than its distribution.
                 loc, scale = (jnp.broadcast_to(v, value.shape) for v in parameters)
                 loc = jnp.where(self.chosen[name], loc, 0.0).astype(point.dtype)
                 scale = jnp.where(self.chosen[name], scale, 1.0).astype(point.dtype)
@@ -132,7 +131,7 @@ def decentred_from(target: ModelTarget, draws: ArrayLike) -> Decentred | None:
 
 
 def location_scale(fn: Any) -> tuple[Array, Array] | None:
-    """Those of a distribution, of its shape, if it has them.
+    """Those of a distribution, as it has them, to be broadcast to its draws; or None.
 
     Args:
         fn: a NumPyro distribution.
@@ -142,8 +141,7 @@ def location_scale(fn: Any) -> tuple[Array, Array] | None:
         base = base.base_dist
     if type(base) not in FAMILIES:
         return None
-    shape = fn.batch_shape + fn.event_shape
-    return jnp.broadcast_to(base.loc, shape), jnp.broadcast_to(base.scale, shape)
+    return jnp.asarray(base.loc), jnp.asarray(base.scale)
 
 
 def _run(program, data, place):

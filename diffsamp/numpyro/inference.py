@@ -243,13 +243,12 @@ class DiffusionSampler:
                 is_over = self._train(training_key, stage, left, budget | options)
                 if judged and not is_over:
                     grade = _grade(self._judge(jax.random.fold_in(for_judging, i)))
-                    # What trusts its points only has too light tails at times.
-                    is_first_round = state.fit is None and i == 1
-                    is_whole = is_first_round and grade.is_trusted
-                    if best is None or grade >= best[0] or is_whole:
+                    # Half a round, by forward KL alone, leaves light tails at times.
+                    is_round = grade.is_trusted and i == 1 and state.fit is None
+                    if best is None or grade >= best[0] or is_round:
                         best = grade, self.state.params
-                    is_good = grade.is_trusted and grade.ess_fraction >= ENOUGH_ESS
-                    is_over = is_good and i > 0  # a whole round, for the tails
+                    is_over = grade.is_trusted and i > 0
+                    is_over &= grade.ess_fraction >= ENOUGH_ESS
                 seconds = self.state.seconds + time.perf_counter() - begin
                 self.state = self.state._replace(seconds=seconds)
         except KeyboardInterrupt:
@@ -543,7 +542,7 @@ class DiffusionSampler:
         )
 
     def _find_probe(self, key) -> bool:
-        """Adds the second pilot's points to the state; whether Ctrl-C prevented it."""
+        """Adds another pilot's points to the state; whether Ctrl-C prevented it."""
         begin, state = time.perf_counter(), self._trained()
         coordinates = state.target.coordinates
         assert coordinates is not None

@@ -127,7 +127,7 @@ def test_the_integral_is_the_same(name, x64):
         np.sum(np.exp(-np.asarray(jax.vmap(e)(at)))) * area
         for e, at in ((energy, points + np.asarray(centre)), (in_y, points))
     ]
-    assert totals[0] == pytest.approx(totals[1], rel=1e-3)
+    assert totals[0] == pytest.approx(totals[1], rel=1e-8)
 
 
 # ------------------------------------------------------------------------------ affine
@@ -314,7 +314,7 @@ def test_a_model_in_other_coordinates(x64):
 
 
 @relaxed
-def test_a_sampler_of_a_centred_model(x64):
+def test_a_sampler_of_a_centred_model(x64, compiled):
     """It works without the funnel, gives energies of the model, and moves chains."""
     inference = DiffusionSampler(model, num_steps=2, num_particles=256)
     inference.fit(jax.random.key(0), 4, Y, progress_bar=False)
@@ -337,18 +337,9 @@ def test_a_sampler_of_a_centred_model(x64):
     x = jax.vmap(plain.unconstrain)(mcmc.get_samples())
     energies = mcmc.get_extra_fields()["potential_energy"]
     np.testing.assert_allclose(energies, jax.vmap(plain.energy)(x), rtol=1e-6)
-    compiled = []
-
-    def note(event, seconds, **_):
-        if event.endswith("backend_compile_duration"):
-            compiled.append(seconds)
-
-    jax.monitoring.register_event_duration_secs_listener(note)
-    try:
-        inference.fit(jax.random.key(0), 4, Y + 1, progress_bar=False)
-        inference.run(jax.random.key(1), 100, Y + 1, progress_bar=False)
-    finally:
-        jax.monitoring.unregister_event_duration_listener(note)
+    compiled.clear()
+    inference.fit(jax.random.key(0), 4, Y + 1, progress_bar=False)
+    inference.run(jax.random.key(1), 100, Y + 1, progress_bar=False)
     assert sum(compiled) < 2.0
 
 
