@@ -6,6 +6,7 @@ from diffsamp import diagnostics as diagnostics
 from diffsamp import evidence as evidence
 from diffsamp import mcmc as mcmc
 from diffsamp import metrics as metrics
+from diffsamp import mixtures as mixtures
 from diffsamp import networks as networks
 from diffsamp import not_bounds as not_bounds
 from diffsamp import objectives as objectives
@@ -105,6 +106,7 @@ __all__ = [
     "log_weights_of",
     "mcmc",
     "metrics",
+    "mixtures",
     "networks",
     "not_bounds",
     "objectives",

@@ -21,7 +21,7 @@ import numpy as np
 from flax import linen as nn
 from flax import serialization
 
-from diffsamp import networks, processes, schedules
+from diffsamp import networks, priors, processes, schedules
 from diffsamp.sampler import Bounds, Sampler
 from diffsamp.types import Params, PyTree
 
@@ -56,6 +56,8 @@ CLASSES = {
         networks.ContractiveModule,
         networks.CoordinatewiseModule,
         networks.DataPredictionModule,
+        networks.MixtureGuidedModule,
+        priors.MixturePrior,
     )
 }
 

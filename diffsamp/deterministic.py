@@ -297,7 +297,7 @@ class ProbabilityFlow:
 
     def log_reference(self, x: Array) -> Array:
         """Log-density of the reference at x [D], []."""
-        return self.sampler.log_prior(self.sampler.unit(jnp.asarray(x)))
+        return self.sampler.log_prior({}, self.sampler.unit(jnp.asarray(x)))
 
     def _control(self, params, energy, condition, through_score=False):
         sampler, steps = self.sampler, self.sampler.steps()

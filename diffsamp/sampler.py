@@ -28,6 +28,7 @@ from jax.ad_checkpoint import checkpoint_name
 from diffsamp._distributions import normal_log_prob, standard_normal
 from diffsamp.energies import as_key, bind_condition, check_energy
 from diffsamp.networks import Backbone, Context, Control
+from diffsamp.priors import Prior
 from diffsamp.processes import Coefficients, Process, Renoising
 from diffsamp.types import (
     Array,
@@ -170,12 +171,15 @@ class Sampler:
             learned but the drift of generation is multiplied by
             ``((F/K - 1) / (F - 1))^(1/2)``, 0 for F = 1: with F steps nothing else is
             learned.
+        prior: where paths start, in unit coordinates, or None for the reference's
+            N(0, I) or point mass.
 
     Raises:
         ValueError: when dim or num_steps is below 1, loc or scale has another length
             than dim or is not finite, scale is not positive, a network is no control,
-            finest is below 1 or not a multiple of num_steps, or it is 1 and the
-            destruction kernel is learned.
+            finest is below 1 or not a multiple of num_steps, it is 1 and the
+            destruction kernel is learned, or the process starts from a point mass and a
+            prior is given.
     """
 
     dim: int
@@ -190,6 +194,7 @@ class Sampler:
     generation_bounds: Bounds = Bounds()
     destruction_bounds: Bounds = Bounds()
     finest: int | None = None
+    prior: Prior | None = None
 
     def __post_init__(self):
         for name, least in (("dim", 1), ("num_steps", 1), ("condition_dim", 0)):
@@ -239,6 +244,12 @@ class Sampler:
                 "is not learned; give the number of steps of a finer one, "
                 "finest=128 for one, or leave the destruction network out"
             )
+        if self.prior is not None and self.process.point_mass:
+            raise ValueError(
+                "prior must be None where the process starts from a point mass, got "
+                f"{self.prior!r}; take a variance-preserving process, such as that of "
+                "ds.samplers.gmp"
+            )
 
     # -- what users call ------------------------------------------------------------
 
@@ -249,8 +260,8 @@ class Sampler:
             key: random key; consumed.
 
         Returns:
-            ``{"generation": ...}`` and, where they are learned, ``"destruction"`` and
-            ``"backbone"``.
+            ``{"generation": ...}`` and, where there are such, ``"destruction"``,
+            ``"backbone"`` and ``"prior"``.
         """
         key = as_key(key)
         generation, destruction = jax.random.split(key)
@@ -261,6 +272,8 @@ class Sampler:
         params["generation"] = self.generation.init(generation, *sizes)
         if self.destruction is not None:
             params["destruction"] = self.destruction.init(destruction, *sizes)
+        if self.prior is not None:
+            params["prior"] = self.prior.init(jax.random.fold_in(key, 3), self.dim)
         return params
 
     def __call__(
@@ -596,6 +609,11 @@ class Sampler:
                 "generation control alone; use a variance-preserving process "
                 "(ds.samplers.scds, dis or dds)"
             )
+        if self.prior is not None:
+            raise ValueError(
+                "a sampler with a prior of its own does not start where the "
+                "probability flow does; take ds.samplers.scds, dis or dds"
+            )
 
     def score_at(
         self,
@@ -623,7 +641,7 @@ class Sampler:
         densities = self.densities(
             params, self.steps(), path.xs, path.scores, condition
         )
-        return self.with_densities(path, densities)
+        return self.with_densities(params, path, densities)
 
     def densities(
         self,
@@ -645,9 +663,11 @@ class Sampler:
         states = xs, scores, condition
         return self._of_steps(self._densities, params, steps, *states)
 
-    def with_densities(self, path: Path, densities: Densities) -> Trajectory:
+    def with_densities(
+        self, params: Params, path: Path, densities: Densities
+    ) -> Trajectory:
         """The trajectory that a path and the densities of its steps make."""
-        log_prior = self.log_prior(self.unit(path.xs[0]))
+        log_prior = self.log_prior(params, self.unit(path.xs[0]))
         return self._trajectory(path.xs, log_prior, densities, path.energy)
 
     def log_variance_ratios(
@@ -803,10 +823,12 @@ class Sampler:
         value = normal_log_prob(y, mean, safe) - self._log_volume
         return jnp.where(jnp.all(std > 0), value, jnp.zeros_like(value))
 
-    def log_prior(self, y: Array) -> Array:
-        """Log-density of the reference at unit coordinates y [D], in units of x, []."""
+    def log_prior(self, params: Params, y: Array) -> Array:
+        """Log-density of the first state y [D], unit coordinates, in units of x, []."""
         if self.process.point_mass:
             return jnp.zeros((), y.dtype)
+        if self.prior is not None:
+            return self.prior.log_density(params["prior"], y) - self._log_volume
         return normal_log_prob(y, jnp.zeros_like(y), jnp.ones((), y.dtype)) - (
             self._log_volume
         )
@@ -837,9 +859,11 @@ class Sampler:
         if self.process.point_mass:
             y = jnp.zeros((self.dim,), dtype)
         else:
-            y = standard_normal(
-                jax.random.fold_in(key, self.num_steps), (self.dim,), dtype
-            )
+            place = jax.random.fold_in(key, self.num_steps)
+            if self.prior is None:
+                y = standard_normal(place, (self.dim,), dtype)
+            else:
+                y = self.prior.sample(params["prior"], place)
         extra = jnp.asarray(extra_std, dtype)
 
         def body(carry, step) -> tuple[Any, Any]:
@@ -860,7 +884,7 @@ class Sampler:
                 kept, state = _put(kept, step.index + 1, state), None
             return (y_next, next_seen, value, kept), (densities, state)
 
-        log_prior = self.log_prior(y)
+        log_prior = self.log_prior(params, y)
         features = self._features(params, y, steps.time[0], condition)
         value, score = self._value_and_score(energy, y)
         first, kept = (self.original(y), value, score), None

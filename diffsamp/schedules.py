@@ -43,11 +43,12 @@ class GeometricNoise:
 
     smallest_scale: float
     floor: float
+    largest_scale: float = 1.0
 
     def signal(self, t: Any) -> Any:
         xp, t = _numbers(t)
-        r2 = self.smallest_scale**2
-        noise = (r2**t - r2) / (1 - r2)
+        r2 = (self.smallest_scale / self.largest_scale) ** 2
+        noise = self.largest_scale**2 * (r2**t - r2) / (1 - r2)
         return xp.maximum(1 - noise, self.floor)
 
 
@@ -128,7 +129,9 @@ class FixedGrid:
         return np.asarray(self.times, np.float64)
 
 
-def geometric(smallest_scale: float = 0.1, floor: float = 1e-6) -> GeometricNoise:
+def geometric(
+    smallest_scale: float = 0.1, floor: float = 1e-6, *, largest_scale: float = 1.0
+) -> GeometricNoise:
     """Noise whose total variance shrinks geometrically from 1 to ``smallest_scale**2``.
 
     For a Gaussian of standard deviation r (in units of the reference) under the
@@ -141,9 +144,13 @@ def geometric(smallest_scale: float = 0.1, floor: float = 1e-6) -> GeometricNois
         smallest_scale: r, the finest standard deviation to resolve in units of the
             reference scale, in (0, 1).
         floor: smallest signal share, at the reference.
+        largest_scale: standard deviation of the noise where paths begin; 1, which
+            leaves nothing of the target, unless the sampler has a prior about like it
+            (`samplers.gmp`).
 
     Raises:
-        ValueError: when an argument is outside (0, 1).
+        ValueError: when smallest_scale or floor is outside (0, 1), or largest_scale
+            outside (smallest_scale, 1].
 
     Example:
         >>> import diffsamp as ds
@@ -152,7 +159,12 @@ def geometric(smallest_scale: float = 0.1, floor: float = 1e-6) -> GeometricNois
     """
     _check_open_unit("smallest_scale", smallest_scale)
     _check_open_unit("floor", floor)
-    return GeometricNoise(float(smallest_scale), float(floor))
+    if not smallest_scale < largest_scale <= 1:
+        raise ValueError(
+            f"largest_scale must be above smallest_scale={smallest_scale} and at most "
+            f"1, got {largest_scale}"
+        )
+    return GeometricNoise(float(smallest_scale), float(floor), float(largest_scale))
 
 
 def cosine(floor: float = 1e-6) -> CosineNoise:

@@ -15,6 +15,7 @@ all: its simulation came by the densities (`Path.densities`).
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -75,7 +76,8 @@ def score_paths(
     num_rows = paths.energy.shape[0] // (1 if mesh is None else mesh.size)
     tile = tile_within(sampler, params, num_rows, memory_budget)
     densities = _densities(sampler, tile, mesh, params, paths, condition)
-    trajectories = jax.vmap(sampler.with_densities)(paths, densities)
+    with_densities = functools.partial(sampler.with_densities, params)
+    trajectories = jax.vmap(with_densities)(paths, densities)
     return trajectories, densities.share_outside
 
 

@@ -21,6 +21,9 @@ REFERENCE = {"dim": 2, "num_steps": 4, "loc": (0.4, -0.3), "scale": (1.8, 1.5)}
 MANY = 403_200  # steps; every step count of the tests divides it
 
 
+_NOISE = ds.schedules.geometric(0.5, largest_scale=0.9)
+
+
 def _sampler(factory, **networks):
     return functools.partial(factory, **REFERENCE, **networks)
 
@@ -32,6 +35,13 @@ SAMPLERS = {
         ds.samplers.dis, network=ds.networks.annealed_score_guided(**SMALL)
     ),
     "dis_free": _sampler(ds.samplers.dis, network=ds.networks.free(**SMALL)),
+    "gmp": functools.partial(
+        ds.samplers.gmp,
+        **REFERENCE,
+        num_components=2,
+        schedule=_NOISE,
+        network=ds.networks.mixture_guided(2, _NOISE, **SMALL),
+    ),
     "gbs": _sampler(
         ds.samplers.gbs,
         diffusion=0.6,

@@ -134,6 +134,7 @@ def _samplers():
         ),
     )
     yield "conditional", ds.samplers.dis(3, 5, condition_dim=2, network=TINY)
+    yield "gmp", ds.samplers.gmp(3, 2, 5, loc=loc, scale=scale)
     yield (
         "learned kernels on a shared backbone",
         ds.samplers.pis(

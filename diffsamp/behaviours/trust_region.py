@@ -119,7 +119,8 @@ def trust_region(
     def begin(key, sampler, params, energy, num_rounds):
         request = Request(jnp.zeros((num_paths, 0)), jnp.zeros((num_paths,), jnp.int32))
         paths = simulate(key, sampler, params, energy, request)
-        scored = jax.vmap(sampler.with_densities)(paths, paths.densities)
+        with_densities = functools.partial(sampler.with_densities, params)
+        scored = jax.vmap(with_densities)(paths, paths.densities)
         paths = paths._replace(densities=None)  # parameters move on within a round
         exponent, divergence = largest_exponent(scored.log_weight, max_divergence)
         return TrustRegionState(

@@ -32,6 +32,8 @@ from diffsamp.networks.data_prediction import data_prediction as data_prediction
 from diffsamp.networks.fourier import FourierFeatures as FourierFeatures
 from diffsamp.networks.fourier import FourierMLP as FourierMLP
 from diffsamp.networks.fourier import TimeScale as TimeScale
+from diffsamp.networks.mixture import MixtureGuidedModule as MixtureGuidedModule
+from diffsamp.networks.mixture import mixture_guided as mixture_guided
 from diffsamp.networks.precision import ReducedPrecision as ReducedPrecision
 from diffsamp.networks.precision import reduced_precision as reduced_precision
 
@@ -50,6 +52,7 @@ __all__ = [
     "FunctionControl",
     "LinenBackbone",
     "LinenControl",
+    "MixtureGuidedModule",
     "ReducedPrecision",
     "ReferenceGuidedModule",
     "ScoreGuidedModule",
@@ -63,6 +66,7 @@ __all__ = [
     "free",
     "from_function",
     "linen",
+    "mixture_guided",
     "reduced_precision",
     "reference_guided",
     "score_guided",

@@ -1,17 +1,74 @@
 """Coordinates in which a posterior is about a unit normal, fitted to points of it.
 
 Sites of the model are decentred where that helps (`decentred_from`), correlations are
-taken out (`affine_from`), and then skewness and heavy tails (`bent_from`).
+taken out (`affine_from`), and then skewness and heavy tails (`bent_from`). Posteriors
+of several modes, or bent in other ways, are no unit normal in any such coordinates:
+there a Gaussian mixture says what they are like, and the last step, which would bend
+each of its narrow modes, is left out.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+import numpy as np
+
+from diffsamp.mixtures import Mixture, fit_mixture
 from diffsamp.numpyro.affine import affine_from
 from diffsamp.numpyro.bent import bent_from
-from diffsamp.numpyro.coordinates import Chain, Coordinates, to_y
+from diffsamp.numpyro.coordinates import Chain, Coordinates, log_dets_of, to_y
 from diffsamp.numpyro.decentred import Decentred, decentred_from
 from diffsamp.numpyro.target import ModelTarget
 from diffsamp.types import Array
+
+LEAST_GAIN = 0.5  # nats per point, for a mixture to be worth its network evaluations
+WIDER = 1.2  # covariances: weights need tails that are not lighter than the posterior's
+
+
+class Fitted(NamedTuple):
+    """What is fitted to points of a posterior.
+
+    Attributes:
+        coordinates: in which it is about a unit normal, or else of unit covariance.
+        mixture: in these coordinates, where it is not about a unit normal, or None.
+    """
+
+    coordinates: Coordinates
+    mixture: Mixture | None
+
+
+def fitted(target: ModelTarget, draws: Array) -> Fitted:
+    """Coordinates, and a mixture where that fits the points much better.
+
+    Args:
+        target: the posterior; its own coordinates are put aside.
+        draws: points of it in NumPyro's unconstrained coordinates, [N, D], in the order
+            in which they were made.
+
+    Raises:
+        ValueError: as `affine_from`.
+
+    Example:
+        >>> import jax, numpy as np, numpyro, numpyro.distributions as dist
+        >>> from diffsamp.numpyro import target_from_model
+        >>> from diffsamp.numpyro.fitted import fitted
+        >>> def model():
+        ...     numpyro.sample("x", dist.Normal(0.0, 3.0))
+        >>> rng = np.random.default_rng(0)
+        >>> draws = rng.choice([-2.0, 2.0], size=(999, 1))
+        >>> draws += rng.normal(size=(999, 1)) / 4
+        >>> len(fitted(target_from_model(model), draws).mixture.means)
+        2
+    """
+    decentred, x = _decentred(target, draws)
+    affine = affine_from(x)
+    y = to_y(affine, x)
+    bent = bent_from(y)
+    mixture, gain = fit_mixture(y)
+    if gain >= _gain(bent, y) + LEAST_GAIN:
+        mixture = mixture._replace(covariances=WIDER * np.asarray(mixture.covariances))
+        return Fitted(_after(decentred, affine), mixture)
+    return Fitted(_after(decentred, Chain(affine, bent)), None)
 
 
 def fitted_coordinates(target: ModelTarget, draws: Array) -> Coordinates:
@@ -37,11 +94,9 @@ def fitted_coordinates(target: ModelTarget, draws: Array) -> Coordinates:
         >>> bool(abs(unit.energy(jax.numpy.ones(2)) - 2.84) < 0.1)  # of a unit normal
         True
     """
-    decentred = decentred_from(target, draws)
-    x = draws if decentred is None else to_y(decentred, draws)
+    decentred, x = _decentred(target, draws)
     affine = affine_from(x)
-    inner = Chain(affine, bent_from(to_y(affine, x)))
-    return inner if decentred is None else Chain(decentred, inner)
+    return _after(decentred, Chain(affine, bent_from(to_y(affine, x))))
 
 
 def is_decentred(coordinates: Coordinates) -> bool:
@@ -52,3 +107,20 @@ def is_decentred(coordinates: Coordinates) -> bool:
     """
     outer = coordinates.outer if isinstance(coordinates, Chain) else None
     return isinstance(outer, Decentred) and any(map(bool, outer.chosen.values()))
+
+
+def _decentred(target, draws):
+    """The map that decentres sites, or None, and the points in its coordinates."""
+    found = decentred_from(target, draws)
+    return found, draws if found is None else to_y(found, draws)
+
+
+def _after(decentred, inner: Coordinates) -> Coordinates:
+    return inner if decentred is None else Chain(decentred, inner)
+
+
+def _gain(bent: Coordinates, y) -> float:
+    """Nats per point by which a unit normal fits points better when bent back."""
+    straight = to_y(bent, y)
+    gains = 0.5 * np.sum(np.square(y) - np.square(straight), axis=1)
+    return float(np.mean(gains - np.asarray(log_dets_of(bent, straight))))

@@ -3,12 +3,15 @@
 What `DiffusionSampler` does by default, each step a function of its own elsewhere:
 
 1. `pilots.find`: tempered SMC, from the prior where there is one.
-2. `fitted_coordinates`: its points give coordinates in which the posterior is about a
-   unit normal, without funnels of the model's own making, correlations and heavy
-   tails, so that one network and one noise schedule fit all models. Where there was a
-   funnel, in whose neck SMC moves badly, it runs again in these.
+2. `fitted`: its points give coordinates in which the posterior is about a unit normal,
+   without funnels of the model's own making, correlations and heavy tails, so that one
+   network and one noise schedule fit all models; or, where it has several modes, a
+   Gaussian mixture. Where there was a funnel, in whose neck SMC moves badly, SMC runs
+   again in these coordinates, and where there are several modes, each of which few
+   points know, with more particles.
 3. Training in rounds (`recipe.stages`) of a sampler (`recipe.default_sampler`) whose
-   noise ends at the width of the narrow places (`pilots.smallest_scale`).
+   noise ends at the width of the narrow places (`pilots.smallest_scale`), and which
+   starts from the mixture where there is one.
 4. After each stage: draws, weights, and the verdict with an independent probe (another
    pilot) and what else ``trust`` asks for (`verdicts.checked`). It says whether to go
    on; at the end the best state so judged is kept.
@@ -20,7 +23,6 @@ The pilot only proposes; draws and log Z are those of the sampler's exact weight
 
 from __future__ import annotations
 
-import functools
 import math
 import time
 import warnings
@@ -34,14 +36,19 @@ import optax
 from jax.sharding import Mesh
 from numpyro.infer import init_to_uniform
 
-from diffsamp import drawing, probes, schedules, training
+from diffsamp import drawing, mixtures, probes, schedules, training
 from diffsamp.diagnostics import PARETO_K_LIMIT, Diagnostics
 from diffsamp.drawing import Draws
 from diffsamp.energies import as_key
 from diffsamp.numpyro import pilots, recipe
 from diffsamp.numpyro.arviz import to_arviz
 from diffsamp.numpyro.coordinates import log_dets_of, to_y
-from diffsamp.numpyro.fitted import fitted_coordinates, is_decentred
+from diffsamp.numpyro.fitted import (
+    Fitted,
+    fitted,
+    fitted_coordinates,
+    is_decentred,
+)
 from diffsamp.numpyro.kernel import DiffusionKernel
 from diffsamp.numpyro.quantities import constrained
 from diffsamp.numpyro.target import ModelTarget, target_from_model
@@ -66,6 +73,7 @@ LEAST_JUDGED = 100  # who asks for fewer is not told that they can be trusted
 MOST_DRAWS = 100_000  # for the sake of precision; more where more are asked for
 ENOUGH_PRECISION = 0.75  # of the standard errors allowed
 HOPELESS_K = 0.85  # k-hat of which more draws will not make one below the limit
+MORE_PARTICLES = 4  # times as many in pilots of a posterior of several modes
 
 
 class Trained(NamedTuple):
@@ -102,15 +110,17 @@ class DiffusionSampler:
     Args:
         model: a NumPyro model.
         sampler: ``(dim, num_steps) -> Sampler``, such as ``ds.samplers.dds``, for a
-            posterior that is about a unit normal; by default
+            posterior that is about a unit normal, or of unit covariance; by default
             `recipe.default_sampler`.
         objective: of the second stage of training; `objectives.log_variance` by
             default.
         behaviour: of that stage; by default half own paths, half paths into the
             pilot's points.
         optimizer: of both stages; by default Adam at 0.002, and 0.001 in the second.
-        num_steps: steps K of the sampler.
-        num_particles: of each of the pilots.
+        num_steps: steps K of the sampler; half as many where the posterior has several
+            modes, and it starts from a mixture of them.
+        num_particles: of each of the pilots; four times as many where the first one
+            says that the posterior has several modes.
         max_seconds: budget of training, without pilots and compilation.
         max_energy_evaluations: budget of energies and gradients of pilots, training and
             judging, or None. Pilots are not cut short, and draws come on top.
@@ -227,7 +237,8 @@ class DiffusionSampler:
         at_start = self._energies_left(self.state)
         options = {"callback": callback, "progress_bar": progress_bar}
         try:
-            if judged and state.fit is not None and not is_over:
+            known = state.fit is not None or state.sampler.prior is not None
+            if judged and known and not is_over:
                 best = _grade(self._judge(for_judging)), state.params
             for i, (stage, budget) in enumerate(self._stages(state, num_updates)):
                 left = self._energies_left(self.state)
@@ -510,35 +521,66 @@ class DiffusionSampler:
         begin = time.perf_counter()
         target = self._target(for_target, args, kwargs)
         first, _, for_params, again = jax.random.split(key, 4)
-        find = functools.partial(pilots.find, num_particles=self._num_particles)
-        pilot = find(first, target)
-        cost, coordinates = _add(Cost(0, 0), pilot), fitted_coordinates(target, pilot.x)
-        if is_decentred(coordinates) and target.sample_prior is not None:
+        pilot = pilots.find(first, target, num_particles=self._num_particles)
+        cost, found = _add(Cost(0, 0), pilot), self._fitted(target, pilot)
+        num_particles = self._particles_again(target, pilot, found)
+        if num_particles is not None:
             try:
-                second = find(again, target, coordinates=coordinates)
+                second = pilots.find(
+                    again,
+                    target,
+                    num_particles=num_particles,
+                    coordinates=_if_decentred(found.coordinates),
+                )
             except ValueError:
                 pass  # the first one stands
             else:
                 cost = _add(cost, second)
                 if second.name == pilot.name:  # not of chains, which may miss modes
-                    pilot = second
-                    coordinates = fitted_coordinates(target, pilot.x)
-        pilot = pilot._replace(x=to_y(coordinates, pilot.x))
-        make = self._make_sampler
-        if make is None:
-            smallest = min(pilots.smallest_scale(pilot.x), 0.05)
-            make = functools.partial(recipe.default_sampler, smallest_scale=smallest)
-        sampler = make(target.dim, self._num_steps)
+                    pilot, found = second, self._fitted(target, second)
+        pilot = pilot._replace(x=to_y(found.coordinates, pilot.x))
+        sampler = self._sampler_for(target.dim, pilot, found.mixture)
+        params = sampler.init(for_params)
+        if sampler.prior is not None and found.mixture is not None:
+            params = mixtures.with_mixture(params, found.mixture)
         return Trained(
-            target=target.standardised(coordinates),
+            target=target.standardised(found.coordinates),
             pilot=pilot,
             probe=None,
             sampler=sampler,
-            params=sampler.init(for_params),
+            params=params,
             fit=None,
             cost=cost,
             seconds=time.perf_counter() - begin,
             data=(args, kwargs),
+        )
+
+    def _fitted(self, target, pilot) -> Fitted:
+        """Coordinates for the sampler, and a mixture if it can start from one."""
+        if self._make_sampler is None:
+            return fitted(target, pilot.x)
+        return Fitted(fitted_coordinates(target, pilot.x), None)
+
+    def _particles_again(self, target, pilot, found: Fitted) -> int | None:
+        """Of a second pilot, in better coordinates or larger, or None for no other."""
+        if target.sample_prior is None:
+            return None
+        if found.mixture is None:
+            return self._num_particles if is_decentred(found.coordinates) else None
+        spent = pilot.num_energy_evaluations + pilot.num_gradient_evaluations
+        most = self._max_energy_evaluations
+        if most is not None and most < 3 * MORE_PARTICLES * spent:
+            return None  # it would leave too little for training
+        return MORE_PARTICLES * self._num_particles
+
+    def _sampler_for(self, dim: int, pilot, mixture: mixtures.Mixture | None):
+        if self._make_sampler is not None:
+            return self._make_sampler(dim, self._num_steps)
+        return recipe.default_sampler(
+            dim,
+            self._num_steps,
+            smallest_scale=min(pilots.smallest_scale(pilot.x), 0.05),
+            num_components=None if mixture is None else len(mixture.means),
         )
 
     def _find_probe(self, key) -> bool:
@@ -550,8 +592,8 @@ class DiffusionSampler:
             found = pilots.find(
                 jax.random.split(key, 4)[1],
                 state.target.standardised(None),
-                num_particles=self._num_particles,
-                coordinates=coordinates if is_decentred(coordinates) else None,
+                num_particles=len(state.pilot.x),
+                coordinates=_if_decentred(coordinates),
             )
         except KeyboardInterrupt:
             return True
@@ -658,6 +700,11 @@ class DiffusionSampler:
         least, _ = least_known(state.target, draws, state.pilot.x)
         excess = least.excess / ENOUGH_PRECISION
         return 1.1 * num_draws * excess**2 if excess > 1 else num_draws
+
+
+def _if_decentred(coordinates):
+    """Coordinates in which SMC moves better than in the plain ones, or None."""
+    return coordinates if is_decentred(coordinates) else None
 
 
 def _are_same(data: tuple, other: tuple) -> bool:

@@ -3,7 +3,8 @@
 A `samplers.dis` with learned generation variance and a network that is shown no score
 is trained in rounds: by `objectives.forward_kl` on paths traced back from the pilot's
 points, then by `objectives.log_variance` on these and its own paths. An update so costs
-one energy per path, and no gradient.
+one energy per path, and no gradient. Where the posterior has several modes, it is a
+`samplers.gmp` that starts from a mixture of them.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from diffsamp.types import Array, Behaviour, Objective
 # Shares of the budget, and of each the share for the stage by forward KL.
 ROUNDS = ((0.15, 0.5), (0.3, 0.6), (0.55, 0.7))
 IMITATED, BALANCED = 128, 256  # paths per update in the two stages
+_MIXED = 0.1  # noise of the mixture, of which a posterior's standard deviation is 1
 
 
 class Stage(NamedTuple):
@@ -41,16 +43,33 @@ class Stage(NamedTuple):
 
 
 def default_sampler(
-    dim: int, num_steps: int, *, smallest_scale: float = 0.05, **reference: Any
+    dim: int,
+    num_steps: int,
+    *,
+    smallest_scale: float = 0.05,
+    num_components: int | None = None,
+    **reference: Any,
 ) -> Sampler:
-    """The sampler of `DiffusionSampler`: DIS with learned generation variance.
+    """The sampler of `DiffusionSampler`: DIS, or GMP, with learned generation variance.
 
     Args:
         dim: dimension D.
-        num_steps: steps K.
+        num_steps: steps K from the normal reference; half as many from a mixture, which
+            is near the posterior.
         smallest_scale: of `schedules.geometric`.
+        num_components: of the mixture from which to start, or None to start from the
+            normal reference.
         **reference: ``loc`` and ``scale``, where they are not 0 and 1.
     """
+    if num_components is not None:
+        smallest_scale = min(smallest_scale, _MIXED / 4)
+        return samplers.gmp(
+            dim,
+            num_components,
+            max(num_steps // 2, 1),
+            schedule=schedules.geometric(smallest_scale, largest_scale=_MIXED),
+            **reference,
+        )
     return samplers.dis(
         dim,
         num_steps,
