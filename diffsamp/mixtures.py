@@ -83,9 +83,7 @@ def fit_mixture(points: ArrayLike) -> tuple[Mixture, float]:
             break
         count *= 2
     best = int(np.argmax(np.array(fits) >= max(fits) - _SMALL))
-    tried = [_fit(rng, x, 2**best) for _ in range(3 if best else 1)]
-    mixture = max(tried, key=lambda found: np.mean(log_density(found, x)))
-    return mixture, fits[best] - fits[0]
+    return _fit(rng, x, 2**best), fits[best] - fits[0]
 
 
 def log_density(mixture: Mixture, points: ArrayLike) -> np.ndarray:

@@ -3,8 +3,8 @@
 Sites of the model are decentred where that helps (`decentred_from`), correlations are
 taken out (`affine_from`), and then skewness and heavy tails (`bent_from`). Posteriors
 of several modes, or bent in other ways, are no unit normal in any such coordinates:
-there a Gaussian mixture says what they are like, and the last step, which would bend
-each of its narrow modes, is left out.
+there a Gaussian mixture says what they are like, and the last step is left out where it
+would bend their narrow modes.
 """
 
 from __future__ import annotations
@@ -64,11 +64,16 @@ def fitted(target: ModelTarget, draws: Array) -> Fitted:
     affine = affine_from(x)
     y = to_y(affine, x)
     bent = bent_from(y)
-    mixture, gain = fit_mixture(y)
-    if gain >= _gain(bent, y) + LEAST_GAIN:
-        mixture = mixture._replace(covariances=WIDER * np.asarray(mixture.covariances))
-        return Fitted(_after(decentred, affine), mixture)
-    return Fitted(_after(decentred, Chain(affine, bent)), None)
+    straight = to_y(bent, y)
+    mixture, gain = fit_mixture(straight)
+    inner = Chain(affine, bent)
+    if gain < LEAST_GAIN:
+        return Fitted(_after(decentred, inner), None)
+    flat, flat_gain = fit_mixture(y)
+    if flat_gain > gain + _gain(bent, y, straight):
+        mixture, inner = flat, affine
+    mixture = mixture._replace(covariances=WIDER * np.asarray(mixture.covariances))
+    return Fitted(_after(decentred, inner), mixture)
 
 
 def fitted_coordinates(target: ModelTarget, draws: Array) -> Coordinates:
@@ -119,8 +124,7 @@ def _after(decentred, inner: Coordinates) -> Coordinates:
     return inner if decentred is None else Chain(decentred, inner)
 
 
-def _gain(bent: Coordinates, y) -> float:
+def _gain(bent: Coordinates, y, straight) -> float:
     """Nats per point by which a unit normal fits points better when bent back."""
-    straight = to_y(bent, y)
     gains = 0.5 * np.sum(np.square(y) - np.square(straight), axis=1)
     return float(np.mean(gains - np.asarray(log_dets_of(bent, straight))))

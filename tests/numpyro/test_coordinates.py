@@ -15,6 +15,7 @@ from numpyro.contrib.control_flow import scan
 from numpyro.infer import MCMC
 
 import diffsamp as ds
+from diffsamp.mixtures import log_density
 from diffsamp.numpyro import (
     Affine,
     Bent,
@@ -29,7 +30,7 @@ from diffsamp.numpyro import (
 )
 from diffsamp.numpyro.coordinates import in_coordinates, to_x, to_y
 from diffsamp.numpyro.decentred import Decentred
-from diffsamp.numpyro.fitted import is_decentred
+from diffsamp.numpyro.fitted import fitted, is_decentred
 
 relaxed = pytest.mark.relaxed("dtypes", "ranks")
 
@@ -281,6 +282,35 @@ def test_sites_within_control_flow_stay():
 
     target = target_from_model(model)
     assert decentred_from(target, np.random.default_rng(0).normal(size=(9, 5))) is None
+
+
+# ---------------------------------------------------------------------------- mixtures
+
+
+@relaxed
+def test_narrow_modes_are_not_bent():
+    """Rows of 2 x 2 modes, in coordinates of unit covariance, and a mixture there."""
+    target = target_from_model(model, (Y,))
+    rng = np.random.default_rng(0)
+    draws = rng.normal(size=(2_000, 8)) * 0.1
+    draws[:, :2] += rng.choice([-1.0, 3.0], p=[0.2, 0.8], size=(2_000, 2))
+    coordinates, mixture = fitted(target, jnp.asarray(draws, jnp.float32))
+    inner = coordinates.inner if isinstance(coordinates, Chain) else coordinates
+    assert isinstance(inner, Affine)
+    assert len(mixture.means) in (4, 8)
+    y = np.asarray(to_y(coordinates, jnp.asarray(draws, jnp.float32)), np.float64)
+    better = log_density(mixture, y) - scipy.stats.norm.logpdf(y).sum(axis=1)
+    assert np.mean(better) > 2.0
+
+
+@relaxed
+def test_heavy_tails_are_no_modes():
+    target = target_from_model(model, (Y,))
+    draws = np.random.default_rng(0).standard_t(2.0, size=(2_000, 8)).clip(-1e3, 1e3)
+    coordinates, mixture = fitted(target, jnp.asarray(draws, jnp.float32))
+    assert mixture is None
+    expected = fitted_coordinates(target, jnp.asarray(draws, jnp.float32))
+    jax.tree.map(np.testing.assert_array_equal, coordinates, expected)
 
 
 # ------------------------------------------------------------------------- all of them

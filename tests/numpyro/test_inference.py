@@ -70,6 +70,49 @@ def test_the_answer(inference):
     assert inference.diagnostics.verdict.startswith("trust")
 
 
+def two_modes(y):
+    x = numpyro.sample("x", dist.Normal(0.0, 3.0))
+    numpyro.sample("y", dist.Normal(jnp.abs(x + 1.0), 0.3), obs=y)
+
+
+def test_several_modes_are_started_from_a_mixture(monkeypatch):
+    """Unequal modes at 1 and -3: the sampler starts in both, and has their weights."""
+    made = small(two_modes)
+    made.fit(jax.random.key(0), 60, y=2.0, progress_bar=False)
+    state = made.state
+    assert state.sampler.num_steps == 2
+    assert len(state.pilot.x) == len(state.probe.x) == 4 * 256
+    shares = jax.nn.softmax(state.params["prior"]["logits"])
+    assert 2 <= len(shares) <= 8
+    grid = np.linspace(-8.0, 8.0, 20_001)
+    logs = -(grid**2) / 18 - (np.abs(grid + 1.0) - 2.0) ** 2 / 0.18
+    density = np.exp(logs) / (2 * np.pi * 3.0 * 0.3)
+    mass = density.sum() * (grid[1] - grid[0])
+    made.run(jax.random.key(1), 2_000, y=2.0, progress_bar=False)
+    right = float(np.mean(made.get_samples()["x"] > -1.0))
+    expected = density[grid > -1.0].sum() / density.sum()
+    assert right == pytest.approx(expected, abs=0.04)
+    evidence = made.log_evidence
+    assert abs(evidence.estimate - np.log(mass)) < 4 * evidence.standard_error + 1e-3
+    assert made.diagnostics.verdict.startswith("trust")
+    pilot = state.pilot
+    monkeypatch.setattr(
+        "diffsamp.numpyro.inference.pilots.find", lambda *_, **__: pytest.fail("again")
+    )
+    made.fit(jax.random.key(2), 20, state=state, progress_bar=False)
+    assert made.state.pilot is pilot
+
+
+def test_a_small_budget_and_a_given_sampler_have_small_pilots():
+    for options in (
+        {"max_energy_evaluations": 400_000},
+        {"sampler": lambda dim, num_steps: ds.samplers.dis(dim, num_steps)},
+    ):
+        made = small(two_modes, **options)
+        made.fit(jax.random.key(0), 2, y=2.0, progress_bar=False)
+        assert len(made.state.pilot.x) == len(made.state.probe.x) == 256
+
+
 def test_shapes_are_those_of_mcmc(inference):
     mcmc = MCMC(NUTS(model), num_warmup=20, num_samples=30, progress_bar=False)
     mcmc.run(jax.random.key(0), y=DATA)
