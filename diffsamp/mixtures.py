@@ -1,15 +1,17 @@
 """Gaussian mixtures fitted to points of a target, for samplers that start from one.
 
 Expectation maximisation (Dempster, Laird and Rubin 1977), started by k-means++ (Arthur
-and Vassilvitskii 2007). The points of a component may be few: to its covariance D + 1
-points of the mean covariance within components are added, which does not depend on the
-coordinates. The number of components is the smallest power of two that fits points left
-out about best.
+and Vassilvitskii 2007) with distances in units of the mean covariance within half as
+many components, so that narrow modes side by side are far apart. The points of a
+component may be few: to its covariance D + 1 points of that mean covariance are added,
+which does not depend on the coordinates. The number of components is the smallest power
+of two that fits points left out about best.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
@@ -75,15 +77,18 @@ def fit_mixture(points: ArrayLike) -> tuple[Mixture, float]:
     rng = np.random.default_rng(0)
     num_seen = min(math.ceil((1 - _LEFT_OUT) * len(x)), len(x) - 1)
     seen, left_out = x[:num_seen], x[num_seen:]
+    mixture, found = None, []
     most = min(MOST_COMPONENTS, len(x) // max(_POINTS_EACH, 4 * x.shape[1]))
     count, fits = 1, []
     while count <= max(most, 1):
-        fits.append(float(np.mean(log_density(_fit(rng, seen, count), left_out))))
+        mixture = _improved(seen, _started(rng, seen, count, mixture))
+        found.append(mixture)
+        fits.append(float(np.mean(log_density(mixture, left_out))))
         if len(fits) > 2 and fits[-1] < max(fits) and fits[-2] < max(fits):
             break
         count *= 2
     best = int(np.argmax(np.array(fits) >= max(fits) - _SMALL))
-    return _fit(rng, x, 2**best), fits[best] - fits[0]
+    return _improved(x, found[best]), fits[best] - fits[0]
 
 
 def log_density(mixture: Mixture, points: ArrayLike) -> np.ndarray:
@@ -113,16 +118,18 @@ def with_mixture(params: Params, mixture: Mixture) -> Params:
         >>> params["prior"]["means"][1].tolist()
         [2.0, 0.0]
     """
-    if "prior" not in params:
+    if "prior" not in params or not isinstance(params["generation"], Mapping):
         raise ValueError(
             "params must be those of a sampler that starts from a mixture "
             f"(ds.samplers.gmp), got those of {sorted(params)}"
         )
-    shape, expected = np.shape(mixture.means), np.shape(params["prior"]["means"])
-    if shape != expected:
+    count, size = np.shape(params["prior"]["means"])
+    shapes = [(count,), (count, size), (count, size, size)]
+    found = [np.shape(field) for field in mixture]
+    if found != shapes or not all(np.all(np.isfinite(field)) for field in mixture):
         raise ValueError(
-            f"mixture must have means of shape {list(expected)}, as the sampler has, "
-            f"got {list(shape)}"
+            f"mixture must be finite, with arrays of shapes {shapes}, as the sampler "
+            f"has, got {found}"
         )
     variances, axes = np.linalg.eigh(np.asarray(mixture.covariances, np.float64))
     widths = np.sqrt(np.maximum(variances, 0.0))
@@ -137,13 +144,47 @@ def with_mixture(params: Params, mixture: Mixture) -> Params:
     return {**params, "prior": prior, "generation": generation}
 
 
+def trainable(params: Params) -> Params:
+    """Which parameters training moves: all but mixtures.
+
+    A mixture gets no gradient, but weight decay, for one, would move it all the same.
+
+    Args:
+        params: of a sampler, or ``{"sampler": ..., "objective": ...}``.
+
+    Returns:
+        A tree of bools of the same structure.
+
+    Example:
+        >>> import optax, diffsamp as ds
+        >>> optimizer = optax.masked(optax.adamw(1e-3), ds.mixtures.trainable)
+    """
+
+    def moves(path, _):
+        names = {getattr(part, "key", None) for part in path}
+        return not names & {"prior", "mixture"}
+
+    return jax.tree_util.tree_map_with_path(moves, params)
+
+
 def _like(old: Params, new: dict) -> Params:
     return jax.tree.map(lambda a, b: jnp.asarray(b, a.dtype), old, new)
 
 
-def _fit(rng, x, count) -> Mixture:
-    share = np.eye(count)[_nearest(x, _centres(rng, x, count))]
-    mixture, before = _maximised(x, share), -np.inf
+def _started(rng, x, count, before: Mixture | None) -> Mixture:
+    """A mixture from k-means, with distances in widths of the components before."""
+    flat = x
+    if before is not None:
+        within = np.tensordot(np.exp(before.log_weights), before.covariances, 1)
+        flat = scipy.linalg.solve_triangular(
+            np.linalg.cholesky(within), x.T, lower=True
+        ).T
+    return _maximised(x, np.eye(count)[_nearest(flat, _centres(rng, flat, count))])
+
+
+def _improved(x, mixture: Mixture) -> Mixture:
+    """Expectation and maximisation in turn, until that gains little."""
+    before = -np.inf
     for _ in range(_MOST_ITERATIONS):
         joint = _joint(mixture, x)
         total = np.asarray(logsumexp(joint, axis=1, keepdims=True))

@@ -132,7 +132,7 @@ class FixedGrid:
 def geometric(
     smallest_scale: float = 0.1, floor: float = 1e-6, *, largest_scale: float = 1.0
 ) -> GeometricNoise:
-    """Noise whose total variance shrinks geometrically from 1 to ``smallest_scale**2``.
+    """Noise whose total variance shrinks geometrically to ``smallest_scale**2``.
 
     For a Gaussian of standard deviation r (in units of the reference) under the
     variance-preserving process with generation variance equal to the destruction

@@ -215,6 +215,16 @@ def test_mixture_stays_in_training_and_the_rest_does_not():
 _NOISE = ds.schedules.geometric(0.01, largest_scale=0.1)
 
 
+def test_what_training_moves():
+    """A mask for optimisers with weight decay."""
+    _, params = _made(learn_destruction=True)
+    moves = ds.mixtures.trainable({"sampler": params, "objective": {"log_z": 0.0}})
+    inner = moves["sampler"]["generation"]["params"]
+    assert not any(jax.tree.leaves((moves["sampler"]["prior"], inner["mixture"])))
+    assert all(jax.tree.leaves((inner["FourierMLP_0"], moves["objective"])))
+    assert all(jax.tree.leaves(moves["sampler"]["destruction"]))
+
+
 def test_a_network_that_knows_no_mixture():
     sampler = _sampler(network=ds.networks.free(8, 1))
     params = with_mixture(sampler.init(jax.random.key(0)), _unit(sampler))
@@ -226,8 +236,13 @@ def test_a_network_that_knows_no_mixture():
 def test_mixtures_that_do_not_fit():
     _, params = _made()
     two = Mixture(*(np.asarray(field)[:2] for field in THREE))
-    with pytest.raises(ValueError, match=r"means of shape \[3, 2\].*got \[2, 2\]"):
-        with_mixture(params, two)
+    for wrong in (
+        two,
+        THREE._replace(covariances=COVARIANCES[:, 0]),
+        THREE._replace(means=np.full((3, 2), np.nan)),
+    ):
+        with pytest.raises(ValueError, match=r"mixture must be finite.*\(3, 2, 2\)"):
+            with_mixture(params, wrong)
     plain = ds.samplers.dis(2, 4)
     with pytest.raises(ValueError, match=r"starts from a mixture .*\['generation'\]"):
         with_mixture(plain.init(jax.random.key(0)), THREE)
@@ -247,5 +262,11 @@ def test_samplers_that_cannot_have_a_prior():
         ds.probability_flow(sampler)
     with pytest.raises(ValueError, match="num_components"):
         ds.samplers.gmp(2, 0)
+    for network in (
+        ds.networks.mixture_guided(2, _NOISE),
+        ds.networks.mixture_guided(3, ds.schedules.geometric(0.2)),
+    ):
+        with pytest.raises(ValueError, match="network must be for the sampler's"):
+            _sampler(network=network)
     with pytest.raises(ValueError, match="largest_scale must be above"):
         ds.schedules.geometric(0.2, largest_scale=0.1)

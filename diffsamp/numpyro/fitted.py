@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from diffsamp.mixtures import Mixture, fit_mixture
+from diffsamp.mixtures import Mixture, fit_mixture, log_density
 from diffsamp.numpyro.affine import affine_from
 from diffsamp.numpyro.bent import bent_from
 from diffsamp.numpyro.coordinates import Chain, Coordinates, log_dets_of, to_y
@@ -22,7 +22,7 @@ from diffsamp.numpyro.target import ModelTarget
 from diffsamp.types import Array
 
 LEAST_GAIN = 0.5  # nats per point, for a mixture to be worth its network evaluations
-WIDER = 1.2  # covariances: weights need tails that are not lighter than the posterior's
+WIDER = 1.3  # covariances: weights need tails that are not lighter than the posterior's
 
 
 class Fitted(NamedTuple):
@@ -64,16 +64,15 @@ def fitted(target: ModelTarget, draws: Array) -> Fitted:
     affine = affine_from(x)
     y = to_y(affine, x)
     bent = bent_from(y)
-    straight = to_y(bent, y)
+    straight, inner = to_y(bent, y), Chain(affine, bent)
     mixture, gain = fit_mixture(straight)
-    inner = Chain(affine, bent)
     if gain < LEAST_GAIN:
         return Fitted(_after(decentred, inner), None)
-    flat, flat_gain = fit_mixture(y)
-    if flat_gain > gain + _gain(bent, y, straight):
+    flat, _ = fit_mixture(y)
+    log_bends = np.mean(np.asarray(log_dets_of(bent, straight)))
+    if _fit(flat, y) > _fit(mixture, straight) - log_bends:
         mixture, inner = flat, affine
-    mixture = mixture._replace(covariances=WIDER * np.asarray(mixture.covariances))
-    return Fitted(_after(decentred, inner), mixture)
+    return Fitted(_after(decentred, inner), widened(mixture))
 
 
 def fitted_coordinates(target: ModelTarget, draws: Array) -> Coordinates:
@@ -104,6 +103,11 @@ def fitted_coordinates(target: ModelTarget, draws: Array) -> Coordinates:
     return _after(decentred, Chain(affine, bent_from(to_y(affine, x))))
 
 
+def widened(mixture: Mixture) -> Mixture:
+    """The mixture with tails for weights."""
+    return mixture._replace(covariances=WIDER * np.asarray(mixture.covariances))
+
+
 def is_decentred(coordinates: Coordinates) -> bool:
     """Whether a site is.
 
@@ -124,7 +128,6 @@ def _after(decentred, inner: Coordinates) -> Coordinates:
     return inner if decentred is None else Chain(decentred, inner)
 
 
-def _gain(bent: Coordinates, y, straight) -> float:
-    """Nats per point by which a unit normal fits points better when bent back."""
-    gains = 0.5 * np.sum(np.square(y) - np.square(straight), axis=1)
-    return float(np.mean(gains - np.asarray(log_dets_of(bent, straight))))
+def _fit(mixture: Mixture, y) -> float:
+    """Mean log-density of points, [N, D]."""
+    return float(np.mean(log_density(mixture, y)))

@@ -8,7 +8,8 @@ What `DiffusionSampler` does by default, each step a function of its own elsewhe
    network and one noise schedule fit all models; or, where it has several modes, a
    Gaussian mixture. Where there was a funnel, in whose neck SMC moves badly, SMC runs
    again in these coordinates, and where there are several modes, each of which few
-   points know, with more particles.
+   points know, with more particles, which then move on within their modes
+   (`pilots.moved`).
 3. Training in rounds (`recipe.stages`) of a sampler (`recipe.default_sampler`) whose
    noise ends at the width of the narrow places (`pilots.smallest_scale`), and which
    starts from the mixture where there is one.
@@ -48,6 +49,7 @@ from diffsamp.numpyro.fitted import (
     fitted,
     fitted_coordinates,
     is_decentred,
+    widened,
 )
 from diffsamp.numpyro.kernel import DiffusionKernel
 from diffsamp.numpyro.quantities import constrained
@@ -57,6 +59,7 @@ from diffsamp.sampler import Sampler
 from diffsamp.summary import summary as table
 from diffsamp.summary import verdict_lines
 from diffsamp.types import (
+    Array,
     Behaviour,
     Cost,
     Key,
@@ -81,7 +84,9 @@ class Trained(NamedTuple):
 
     Attributes:
         target: the posterior, in the coordinates in which the sampler works.
-        pilot: the points that it was trained on, in these coordinates.
+        pilot: points of it, in these coordinates.
+        points: those that the sampler is trained on, and its mixture is fitted to: the
+            pilot's, and where there is a mixture where HMC moves them, too.
         probe: independent points, or None where Ctrl-C or an error prevented them.
         sampler: the sampler.
         params: its parameters.
@@ -93,6 +98,7 @@ class Trained(NamedTuple):
 
     target: ModelTarget
     pilot: pilots.Pilot
+    points: Array
     probe: probes.Probe | None
     sampler: Sampler
     params: Params
@@ -110,7 +116,7 @@ class DiffusionSampler:
     Args:
         model: a NumPyro model.
         sampler: ``(dim, num_steps) -> Sampler``, such as ``ds.samplers.dds``, for a
-            posterior that is about a unit normal, or of unit covariance; by default
+            posterior that is about a unit normal; by default
             `recipe.default_sampler`.
         objective: of the second stage of training; `objectives.log_variance` by
             default.
@@ -120,7 +126,8 @@ class DiffusionSampler:
         num_steps: steps K of the sampler; half as many where the posterior has several
             modes, and it starts from a mixture of them.
         num_particles: of each of the pilots; four times as many where the first one
-            says that the posterior has several modes.
+            says that the posterior has several modes, and there is a prior to temper
+            from, a budget for it and no ``sampler``.
         max_seconds: budget of training, without pilots and compilation.
         max_energy_evaluations: budget of energies and gradients of pilots, training and
             judging, or None. Pilots are not cut short, and draws come on top.
@@ -233,12 +240,13 @@ class DiffusionSampler:
             )
         self.state, self._draws = state, None
         is_over = state.probe is None and self._find_probe(for_pilots)
-        best, judged = None, num_updates is None
+        best, is_half, judged = None, False, num_updates is None
         at_start = self._energies_left(self.state)
         options = {"callback": callback, "progress_bar": progress_bar}
         try:
             known = state.fit is not None or state.sampler.prior is not None
-            if judged and known and not is_over:
+            can_judge = judged and not is_over and (at_start is None or at_start > 0)
+            if known and can_judge:
                 best = _grade(self._judge(for_judging)), state.params
             for i, (stage, budget) in enumerate(self._stages(state, num_updates)):
                 left = self._energies_left(self.state)
@@ -255,7 +263,8 @@ class DiffusionSampler:
                 if judged and not is_over:
                     grade = _grade(self._judge(jax.random.fold_in(for_judging, i)))
                     # Half a round, by forward KL alone, leaves light tails at times.
-                    is_round = grade.is_trusted and i == 1 and state.fit is None
+                    is_round = grade.is_trusted and is_half and state.fit is None
+                    is_half = (best is None or grade >= best[0]) and not i
                     if best is None or grade >= best[0] or is_round:
                         best = grade, self.state.params
                     is_over = grade.is_trusted and i > 0
@@ -538,14 +547,21 @@ class DiffusionSampler:
                 cost = _add(cost, second)
                 if second.name == pilot.name:  # not of chains, which may miss modes
                     pilot, found = second, self._fitted(target, second)
+        target = target.standardised(found.coordinates)
         pilot = pilot._replace(x=to_y(found.coordinates, pilot.x))
-        sampler = self._sampler_for(target.dim, pilot, found.mixture)
+        points, mixture = pilot.x, found.mixture
+        if mixture is not None:
+            more = pilots.moved(jax.random.fold_in(again, 1), target, pilot)
+            cost, points = _add(cost, more), more.x
+            mixture = widened(mixtures.fit_mixture(points)[0])
+        sampler = self._sampler_for(target.dim, pilot, mixture)
         params = sampler.init(for_params)
-        if sampler.prior is not None and found.mixture is not None:
-            params = mixtures.with_mixture(params, found.mixture)
+        if mixture is not None:
+            params = mixtures.with_mixture(params, mixture)
         return Trained(
-            target=target.standardised(found.coordinates),
+            target=target,
             pilot=pilot,
+            points=points,
             probe=None,
             sampler=sampler,
             params=params,
@@ -565,12 +581,13 @@ class DiffusionSampler:
         """Of a second pilot, in better coordinates or larger, or None for no other."""
         if target.sample_prior is None:
             return None
+        again = self._num_particles if is_decentred(found.coordinates) else None
         if found.mixture is None:
-            return self._num_particles if is_decentred(found.coordinates) else None
+            return again
         spent = pilot.num_energy_evaluations + pilot.num_gradient_evaluations
         most = self._max_energy_evaluations
         if most is not None and most < 3 * MORE_PARTICLES * spent:
-            return None  # it would leave too little for training
+            return again  # more would leave too little for training
         return MORE_PARTICLES * self._num_particles
 
     def _sampler_for(self, dim: int, pilot, mixture: mixtures.Mixture | None):
@@ -625,7 +642,7 @@ class DiffusionSampler:
     def _stages(self, state: Trained, num_updates: int | None):
         """``(stage, budget)``, one after the other."""
         stages = recipe.stages(
-            state.pilot.x, self._objective, self._behaviour, self._optimizer
+            state.points, self._objective, self._behaviour, self._optimizer
         )
         if num_updates is None:
             for stage in stages:

@@ -13,9 +13,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.tree_util import Partial
 
 from diffsamp import mcmc, probes
-from diffsamp.energies import as_key
+from diffsamp.energies import as_energy, as_key
 from diffsamp.numpyro.affine import affine_from
 from diffsamp.numpyro.coordinates import Coordinates, in_coordinates, to_x, to_y
 from diffsamp.numpyro.target import ModelTarget
@@ -118,6 +119,63 @@ def find(
         num_energy_evaluations=found.num_energy_evaluations + num_energies,
         num_gradient_evaluations=found.num_gradient_evaluations + num_gradients,
     )
+
+
+def moved(key: Key, target: Target, pilot: Pilot, num_times: int = 3) -> Pilot:
+    """Points of a pilot, each followed by where HMC goes from it.
+
+    Moves within the posterior cost little beside the tempering that led there, and a
+    mixture or a sampler that is shown more points of a mode knows its shape better.
+    How many points a mode has is not improved.
+
+    Args:
+        key: random key; consumed.
+        target: the posterior.
+        pilot: points of it, in its coordinates.
+        num_times: how often to move on, each time by ten transitions.
+
+    Returns:
+        ``(1 + num_times) N`` points, those from one place next to each other, and the
+        evaluations that they took beyond the pilot's.
+
+    Example:
+        >>> import jax
+        >>> from diffsamp import posteriors
+        >>> from diffsamp.numpyro import pilots
+        >>> target = posteriors.two_sinusoids().target()
+        >>> pilot = pilots.find(jax.random.key(0), target, num_particles=64)
+        >>> pilots.moved(jax.random.key(1), target, pilot).x.shape
+        (256, 6)
+    """
+    points, num_energies, num_gradients = [pilot.x], 0, 0
+    for move_key in jax.random.split(as_key(key), num_times):
+        there = Target(
+            energy=target.energy,
+            dim=target.dim,
+            name=f"{target.name}, again",
+            log_prior=Partial(_minus, as_energy(target.energy)),
+            log_likelihood=_nothing,
+            sample_prior=Partial(_given, points[-1]),
+        )
+        found = mcmc.smc_from_prior(move_key, there, num_particles=len(pilot.x))
+        points.append(found.particles)
+        num_energies += int(found.num_energy_evaluations)
+        num_gradients += int(found.num_gradient_evaluations)
+    x = jnp.stack(points, axis=1).reshape(-1, target.dim)
+    return Pilot(x, pilot.name, num_energies, num_gradients)
+
+
+def _minus(energy, x):
+    return -energy(x)
+
+
+def _nothing(x):
+    return jnp.zeros((), x.dtype)
+
+
+def _given(points, key, num_draws):
+    del key, num_draws
+    return points
 
 
 def _short_chains(key: Key, target: Target):

@@ -21,7 +21,7 @@ from diffsamp.types import Array, Behaviour, Objective
 # Shares of the budget, and of each the share for the stage by forward KL.
 ROUNDS = ((0.15, 0.5), (0.3, 0.6), (0.55, 0.7))
 IMITATED, BALANCED = 128, 256  # paths per update in the two stages
-_MIXED = 0.1  # noise of the mixture, of which a posterior's standard deviation is 1
+_MIXED = 0.1  # noise of the mixture, in standard deviations of the posterior
 
 
 class Stage(NamedTuple):

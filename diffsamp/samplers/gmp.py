@@ -22,12 +22,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from diffsamp import networks, schedules
-from diffsamp.networks import Control
+from diffsamp.networks import Control, MixtureGuidedModule
 from diffsamp.priors import MixturePrior
 from diffsamp.processes import VariancePreserving
 from diffsamp.sampler import Bounds, Sampler
 from diffsamp.samplers.common import (
     DEFAULT_BOUNDS,
+    FEW_STEPS,
     destruction_control,
     with_variance,
 )
@@ -47,7 +48,7 @@ def gmp(
     learn_generation_variance: bool = True,
     learn_destruction: bool = False,
     destruction_network: Control | None = None,
-    generation_bounds: Bounds = DEFAULT_BOUNDS,
+    generation_bounds: Bounds = FEW_STEPS,
     destruction_bounds: Bounds = DEFAULT_BOUNDS,
     condition_dim: int = 0,
 ) -> Sampler:
@@ -70,14 +71,16 @@ def gmp(
         learn_destruction: whether mean and variance of the destruction kernel are
             learned, too.
         destruction_network: its control, `networks.free` by default.
-        generation_bounds: how far the generation kernel may leave the reference's.
+        generation_bounds: how far the generation kernel may leave the reference's; the
+            mixture's own leaves it, too.
         destruction_bounds: the same of the destruction kernel.
         condition_dim: size of the condition of a conditional energy. The mixture is
             the same for all conditions.
 
     Raises:
-        ValueError: see `Sampler`; when num_components is below 1, or a given network
-            cannot learn the variance that it is asked to learn.
+        ValueError: see `Sampler`; when num_components is below 1, a given network
+            cannot learn the variance that it is asked to learn, or one from
+            `networks.mixture_guided` has another number of components or schedule.
 
     Example:
         >>> import jax, diffsamp as ds
@@ -93,6 +96,14 @@ def gmp(
     """
     num_components = as_count("num_components", num_components)
     schedule = schedule or schedules.geometric(0.01, largest_scale=0.1)
+    module = getattr(network, "module", None)
+    if isinstance(module, MixtureGuidedModule):
+        given = module.num_components, module.schedule
+        if given != (num_components, schedule):
+            raise ValueError(
+                "network must be for the sampler's mixture and noise schedule, "
+                f"({num_components}, {schedule}), got one for {given}"
+            )
     return Sampler(
         dim=dim,
         num_steps=num_steps,

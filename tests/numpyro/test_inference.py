@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import dataclasses
+import pickle
 
 import jax
 import jax.numpy as jnp
@@ -82,6 +83,7 @@ def test_several_modes_are_started_from_a_mixture(monkeypatch):
     state = made.state
     assert state.sampler.num_steps == 2
     assert len(state.pilot.x) == len(state.probe.x) == 4 * 256
+    assert np.array_equal(state.points[::4], state.pilot.x)
     shares = jax.nn.softmax(state.params["prior"]["logits"])
     assert 2 <= len(shares) <= 8
     grid = np.linspace(-8.0, 8.0, 20_001)
@@ -95,12 +97,35 @@ def test_several_modes_are_started_from_a_mixture(monkeypatch):
     evidence = made.log_evidence
     assert abs(evidence.estimate - np.log(mass)) < 4 * evidence.standard_error + 1e-3
     assert made.diagnostics.verdict.startswith("trust")
+    mcmc = MCMC(made.kernel(), num_warmup=5, num_samples=300, progress_bar=False)
+    mcmc.run(jax.random.key(3), y=2.0)
+    jumps = np.abs(np.diff(np.asarray(mcmc.get_samples()["x"]) > -1.0)).sum()
+    assert jumps > 50
+    again = pickle.loads(pickle.dumps(state.params))
+    jax.tree.map(np.testing.assert_array_equal, again, state.params)
     pilot = state.pilot
     monkeypatch.setattr(
         "diffsamp.numpyro.inference.pilots.find", lambda *_, **__: pytest.fail("again")
     )
     made.fit(jax.random.key(2), 20, state=state, progress_bar=False)
     assert made.state.pilot is pilot
+
+
+def test_moved_points_stay_in_the_posterior():
+    """Of a Gaussian with an offset, from exact draws; families stay together."""
+    rng, scale = np.random.default_rng(0), jnp.array([0.5, 2.0])
+    target = Target(lambda x: 0.5 * jnp.sum(((x - 3.0) / scale) ** 2), 2)
+    x = jnp.asarray(3.0 + rng.normal(size=(2_000, 2)) * scale, jnp.float32)
+    pilot = pilots.Pilot(x, "exact", 5, 7)
+    found = pilots.moved(jax.random.key(0), target, pilot, num_times=2)
+    families = np.asarray(found.x).reshape(2_000, 3, 2)
+    assert np.array_equal(families[:, 0], x)
+    for points in (families[:, 1], families[:, 2]):
+        assert np.all(np.mean(points != families[:, 0], axis=0) > 0.9)
+        np.testing.assert_allclose(points.mean(axis=0), 3.0, atol=4 * 2 / 2_000**0.5)
+        np.testing.assert_allclose(points.std(axis=0), scale, rtol=0.08)
+    assert found.num_gradient_evaluations >= 2 * 2_000 * 10
+    assert found.num_energy_evaluations > 0
 
 
 def test_a_small_budget_and_a_given_sampler_have_small_pilots():
