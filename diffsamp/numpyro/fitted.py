@@ -72,7 +72,7 @@ def fitted(target: ModelTarget, draws: Array) -> Fitted:
     log_bends = np.mean(np.asarray(log_dets_of(bent, straight)))
     if _fit(flat, y) > _fit(mixture, straight) - log_bends:
         mixture, inner = flat, affine
-    return Fitted(_after(decentred, inner), widened(mixture))
+    return Fitted(_after(decentred, inner), mixture)
 
 
 def fitted_coordinates(target: ModelTarget, draws: Array) -> Coordinates:
