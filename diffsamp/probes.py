@@ -30,6 +30,7 @@ class Probe:
             log-weight is an upper bound on log Z.
         num_energy_evaluations: energies evaluated alone to find them.
         num_gradient_evaluations: energies evaluated with gradient.
+        log_z: log Z as SMC estimates it on the way, or None.
     """
 
     x: Array
@@ -38,6 +39,7 @@ class Probe:
     target_draws: bool = False
     num_energy_evaluations: int = 0
     num_gradient_evaluations: int = 0
+    log_z: float | None = None
 
     def __post_init__(self):
         shape = np.shape(self.x)
@@ -254,4 +256,5 @@ def _from_smc(result: mcmc.SMCResult, name: str) -> Probe:
         name=name,
         num_energy_evaluations=int(result.num_energy_evaluations),
         num_gradient_evaluations=int(result.num_gradient_evaluations),
+        log_z=float(result.log_z),
     )

@@ -108,6 +108,7 @@ def run_sampler(posterior, seed, seconds, compilation, mesh):
         evidence = inference.draws.log_evidence
         row["log_z_error"] = evidence.estimate - posterior.log_evidence
         row["log_z_standard_error"] = evidence.standard_error
+        row["pilot_log_z_error"] = state.pilot.log_z - posterior.log_evidence
     # The same questions, asked of the points that it was trained on.
     pilot = jax.jit(jax.vmap(state.target.constrain))(state.pilot.x)
     row |= {f"pilot_{k}": v for k, v in errors(posterior, pilot).items()}
@@ -283,14 +284,14 @@ def _costs(groups):
 
 
 def _pilots(groups):
-    errors = ("pilot_mean_error", "pilot_sd_error", "pilot_mode_error")
+    errors = [f"pilot_{kind}_error" for kind in ("mean", "sd", "log_z", "mode")]
     body = []
     for name, group in groups.items():
         first = group[0]["sampler"]
         gradients = np.mean([row["sampler"]["pilot_gradients"] for row in group])
         cells = [spread(group, "sampler", error) for error in errors]
         body.append([name, first["pilot_name"], f"{gradients:.1e}", *cells])
-    heads = ["posterior", "pilot", "gradients", "mean", "sd", "mode weight"]
+    heads = ["posterior", "pilot", "gradients", "mean", "sd", "log Z", "mode weight"]
     return markdown(heads, body)
 
 

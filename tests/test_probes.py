@@ -100,6 +100,7 @@ def test_the_cost_of_smc_is_counted(probes):
     assert probe.num_gradient_evaluations > 1_024
     assert probe.num_energy_evaluations > 0
     np.testing.assert_allclose(np.sum(probe.weights), 1.0, rtol=1e-4)
+    assert probe.log_z == pytest.approx(LOG_Z, abs=0.4)
     report = _draw(TWO_MODES, probe, num_draws=100).diagnostics
     expected = 100 + 1_024 + probe.num_energy_evaluations
     assert report.num_energy_evaluations == expected

@@ -73,7 +73,8 @@ from diffsamp.types import (
 ENOUGH_ESS = 0.3  # a trusted result below this goes on training while it may
 JUDGED_DRAWS = 10_000
 LEAST_JUDGED = 100  # who asks for fewer is not told that they can be trusted
-MOST_DRAWS = 100_000  # for the sake of precision; more where more are asked for
+MOST_DRAWS = 250_000  # for the sake of precision; more where more are asked for
+MOST_NUMBERS = 25_000_000  # coordinates of all of these, for the sake of memory
 ENOUGH_PRECISION = 0.75  # of the standard errors allowed
 HOPELESS_K = 0.85  # k-hat of which more draws will not make one below the limit
 MORE_PARTICLES = 4  # times as many in pilots of a posterior of several modes
@@ -326,7 +327,8 @@ class DiffusionSampler:
                     discarded = _add(discarded, before.diagnostics)
                 if enough is None:  # so that few are drawn twice
                     enough = num_samples / max(drawn.diagnostics.ess_fraction, 0.1)
-                wanted = min(self._wanted(drawn), max(enough, MOST_DRAWS))
+                most = min(MOST_DRAWS, MOST_NUMBERS // drawn.x.shape[1])
+                wanted = min(self._wanted(drawn), max(enough, most))
                 if num_draws >= max(wanted, enough):
                     break
                 num_draws = math.ceil(max(wanted, enough))

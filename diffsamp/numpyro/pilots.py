@@ -37,12 +37,14 @@ class Pilot(NamedTuple):
         name: where they come from.
         num_energy_evaluations: energies evaluated alone.
         num_gradient_evaluations: energies evaluated with gradient.
+        log_z: log Z as SMC estimates it on the way, without an error bar, or None.
     """
 
     x: Array
     name: str
     num_energy_evaluations: int
     num_gradient_evaluations: int
+    log_z: float | None = None
 
 
 def find(
@@ -162,7 +164,7 @@ def moved(key: Key, target: Target, pilot: Pilot, num_times: int = 3) -> Pilot:
         num_energies += int(found.num_energy_evaluations)
         num_gradients += int(found.num_gradient_evaluations)
     x = jnp.stack(points, axis=1).reshape(-1, target.dim)
-    return Pilot(x, pilot.name, num_energies, num_gradients)
+    return Pilot(x, pilot.name, num_energies, num_gradients, pilot.log_z)
 
 
 def _minus(energy, x):
@@ -270,4 +272,5 @@ def _as_pilot(probe: probes.Probe, x: Array) -> Pilot:
         name=probe.name,
         num_energy_evaluations=probe.num_energy_evaluations,
         num_gradient_evaluations=probe.num_gradient_evaluations,
+        log_z=probe.log_z,
     )

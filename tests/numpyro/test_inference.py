@@ -116,7 +116,7 @@ def test_moved_points_stay_in_the_posterior():
     rng, scale = np.random.default_rng(0), jnp.array([0.5, 2.0])
     target = Target(lambda x: 0.5 * jnp.sum(((x - 3.0) / scale) ** 2), 2)
     x = jnp.asarray(3.0 + rng.normal(size=(2_000, 2)) * scale, jnp.float32)
-    pilot = pilots.Pilot(x, "exact", 5, 7)
+    pilot = pilots.Pilot(x, "exact", 5, 7, log_z=-2.0)
     found = pilots.moved(jax.random.key(0), target, pilot, num_times=2)
     families = np.asarray(found.x).reshape(2_000, 3, 2)
     assert np.array_equal(families[:, 0], x)
@@ -126,6 +126,7 @@ def test_moved_points_stay_in_the_posterior():
         np.testing.assert_allclose(points.std(axis=0), scale, rtol=0.08)
     assert found.num_gradient_evaluations >= 2 * 2_000 * 10
     assert found.num_energy_evaluations > 0
+    assert found.log_z == -2.0
 
 
 def test_a_small_budget_and_a_given_sampler_have_small_pilots():
@@ -523,4 +524,5 @@ def test_pilots_without_a_prior_find_a_far_narrow_place():
     found = pilots.find(jax.random.key(0), target, num_particles=512)
     np.testing.assert_allclose(found.x.mean(axis=0), [30.0, -4.0], atol=0.5)
     np.testing.assert_allclose(found.x.std(axis=0), [0.1, 2.0], rtol=0.2)
+    assert found.log_z == pytest.approx(np.log(2 * np.pi * 0.1 * 2.0), abs=0.3)
     assert found.num_gradient_evaluations > 0
