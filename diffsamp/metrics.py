@@ -539,6 +539,30 @@ def _all_finite(x: np.ndarray, y: np.ndarray) -> bool:
     return bool(np.all(np.isfinite(x)) and np.all(np.isfinite(y)))
 
 
+def normalised_weights(log_weight: ArrayLike) -> np.ndarray:
+    """Weights of sum 1; a log-weight that is NaN counts as a weight of zero.
+
+    Args:
+        log_weight: log-weights, [N].
+
+    Raises:
+        ValueError: when no weight is positive, or one is infinite.
+
+    Example:
+        >>> import numpy as np, diffsamp as ds
+        >>> ds.metrics.normalised_weights(np.array([3.0, np.nan, 3.0]))
+        array([0.5, 0. , 0.5])
+    """
+    log_weight = np.asarray(log_weight, np.float64)
+    log_weight = np.where(np.isnan(log_weight), -np.inf, log_weight)
+    top = np.max(log_weight)
+    if not np.isfinite(top):
+        what = "an infinite weight" if top > 0 else "no weight that is not zero"
+        raise ValueError(f"log_weight holds {what}; the draws cannot be weighted")
+    weights = np.exp(log_weight - top)
+    return weights / np.sum(weights)
+
+
 def _weighted_set(
     x: ArrayLike, log_weight: ArrayLike | None
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -552,13 +576,7 @@ def _weighted_set(
             f"log_weight must have shape ({points.shape[0]},), one for each row of x, "
             f"got {log_w.shape}"
         )
-    log_w = np.where(np.isnan(log_w), -np.inf, log_w)
-    top = np.max(log_w)
-    if not np.isfinite(top):
-        what = "an infinite weight" if top > 0 else "no weight that is not zero"
-        raise ValueError(f"log_weight holds {what}; the draws cannot be weighted")
-    w = np.exp(log_w - top)
-    return points, w / np.sum(w)
+    return points, normalised_weights(log_w)
 
 
 @functools.cache

@@ -25,6 +25,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from diffsamp import metrics
 from diffsamp.types import ArrayLike
 
 Z_LIMIT = 4.0
@@ -170,13 +171,10 @@ def disagreement(
 
 def _normalised(log_weight: ArrayLike) -> np.ndarray | None:
     """Weights of sum 1, [N, 1]; None where none is positive or one infinite."""
-    log_weight = np.asarray(log_weight, np.float64)
-    log_weight = np.where(np.isnan(log_weight), -np.inf, log_weight)
-    top = np.max(log_weight)
-    if not np.isfinite(top):
+    try:
+        return metrics.normalised_weights(np.asarray(log_weight))[:, None]
+    except ValueError:
         return None
-    weights = np.exp(log_weight - top)[:, None]
-    return weights / weights.sum()
 
 
 def _moment(f: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -79,15 +79,19 @@ class PathELBO(ELBO):
         sampler, energy = guide.sampler, guide.energy(*args, **kwargs)
         params = guide.params_of(param_map)
         requires = self.objective.requires
+        kinds = ("target_draws", "pilot", "anchor")
+        wants = [name for name in kinds if getattr(requires, name)]
         own = state = None
-        if not (requires.target_draws or requires.pilot or requires.anchor):
+        if not wants:
             own, state = self.objective.init(
                 jax.random.key(0), sampler, params, energy, None
             )
-        if own is None or jax.tree.leaves((own, state)):
+            parts = {"parameters": own, "state": state}
+            wants = [name for name, part in parts.items() if jax.tree.leaves(part)]
+        if wants:
             raise ValueError(
-                "objective must work on the sampler's own paths, without parameters, "
-                "pilots or state; train the others with diffsamp.fit or "
+                "objective must work on the sampler's own paths alone, and this one "
+                f"has {' and '.join(wants)}; train it with diffsamp.fit or "
                 "DiffusionSampler"
             )
         for_paths, for_loss = jax.random.split(rng_key)

@@ -9,13 +9,18 @@ mean of log rho(x_K) - D, the path-space bound, and its gradient that of
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import numpyro
+from jax.flatten_util import ravel_pytree
 from numpyro import handlers
+from numpyro.distributions import Unit
+from numpyro.distributions.transforms import UnpackTransform
 from numpyro.infer import init_to_uniform
 from numpyro.infer.autoguide import AutoContinuous
 
@@ -29,7 +34,8 @@ NUM_DRAWS = 2_000
 class AutoDiffusion(AutoContinuous):
     """Guide whose draws are the ends of a diffusion sampler's paths.
 
-    Its coordinates are NumPyro's: sites flattened in the order of the trace.
+    Its coordinates are those of `target_from_model`: unconstrained sites sorted by
+    name.
 
     Args:
         model: a NumPyro model.
@@ -94,6 +100,10 @@ class AutoDiffusion(AutoContinuous):
                 f"plate {name!r} is subsampled: the energy of a mini-batch would bias "
                 "the paths; use all data"
             )
+        self._init_latent = ravel_pytree(self._init_locs)[0]
+        shapes = {k: jnp.shape(v) for k, v in self._init_locs.items()}
+        unpack = functools.partial(_unpack, shapes)
+        self._unpack_latent = UnpackTransform(unpack, _pack)
         self._sampler = self._make_sampler(
             self.latent_dim, self._num_steps, **self._reference
         )
@@ -131,8 +141,12 @@ class AutoDiffusion(AutoContinuous):
         energy = self._energy(args, kwargs)
         trajectory, _ = sampler.rollout(params, key, energy)
         log_ratio = trajectory.log_generation - trajectory.log_destruction
-        numpyro.factor(
-            f"{self.prefix}_factor", trajectory.log_prior + jnp.sum(log_ratio)
+        term = _PathTerm(trajectory.log_prior + jnp.sum(log_ratio))
+        numpyro.sample(
+            f"{self.prefix}_factor",
+            term,
+            obs=term.sample(None),
+            infer={"is_auxiliary": True},
         )
         return trajectory.x
 
@@ -168,6 +182,24 @@ class AutoDiffusion(AutoContinuous):
         )
         levels = jnp.asarray(quantiles)
         return jax.tree.map(lambda x: jnp.quantile(x, levels, axis=0), draws)
+
+
+class _PathTerm(Unit):
+    """A factor whose gradient counts: `TraceGraph_ELBO` stops that of a plain one."""
+
+    reparametrized_params: ClassVar[list[str]] = ["log_factor"]
+
+
+def _unpack(shapes, flat):
+    """Sites, sorted by name in flat, in the order of the trace, as NumPyro's are."""
+    names = sorted(shapes)
+    ends = np.cumsum([math.prod(shapes[name]) for name in names])
+    parts = dict(zip(names, jnp.split(flat, ends[:-1]), strict=True))
+    return {name: parts[name].reshape(shape) for name, shape in shapes.items()}
+
+
+def _pack(sites):
+    return ravel_pytree(dict(sites))[0]
 
 
 def _flat(x):

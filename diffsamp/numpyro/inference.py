@@ -37,7 +37,7 @@ import optax
 from jax.sharding import Mesh
 from numpyro.infer import init_to_uniform
 
-from diffsamp import drawing, mixtures, probes, schedules, training
+from diffsamp import drawing, metrics, mixtures, probes, schedules, training
 from diffsamp.diagnostics import PARETO_K_LIMIT, Diagnostics
 from diffsamp.drawing import Draws
 from diffsamp.energies import as_key
@@ -131,7 +131,8 @@ class DiffusionSampler:
             from, a budget for it and no ``sampler``.
         max_seconds: budget of training, without pilots and compilation.
         max_energy_evaluations: budget of energies and gradients of pilots, training and
-            judging, or None. Pilots are not cut short, and draws come on top.
+            judging, or None. Pilots and the last judging are not cut short, and draws
+            come on top.
         init_strategy: as in NumPyro.
         mesh: devices to spread the rows of batches and the draws over, or None.
 
@@ -185,6 +186,13 @@ class DiffusionSampler:
         self._max_seconds = max_seconds
         if max_energy_evaluations is not None:
             as_count("max_energy_evaluations", max_energy_evaluations)
+        for name, given, kind, where in (
+            ("objective", objective, Objective, "ds.objectives"),
+            ("behaviour", behaviour, Behaviour, "ds.behaviours"),
+            ("optimizer", optimizer, optax.GradientTransformation, "optax"),
+        ):
+            if given is not None and not isinstance(given, kind):
+                raise ValueError(f"{name} must be one of {where}, got {given!r}")
         self._max_energy_evaluations = max_energy_evaluations
         self._init_strategy = init_strategy
         self._mesh = mesh
@@ -307,9 +315,16 @@ class DiffusionSampler:
             **kwargs: keyword arguments of the model.
 
         Raises:
-            ValueError: when num_samples is below 1; see also `fit`.
+            ValueError: when num_samples is below 1, or data are left out with which it
+                was trained; see also `fit`.
         """
         as_count("num_samples", num_samples)
+        if self.state is not None and not (args or kwargs) and any(self.state.data):
+            raise ValueError(
+                "run needs the data again that the sampler was trained with, as MCMC "
+                "does; without data it would be another posterior, for which make a "
+                "new DiffusionSampler"
+            )
         for_training, for_draws, for_picks = jax.random.split(as_key(key), 3)
         state = self.state
         if state is None or not _are_same(state.data, (args, kwargs)):
@@ -414,9 +429,12 @@ class DiffusionSampler:
 
         Raises:
             RuntimeError: before `run`.
+            ValueError: when no weight is positive, or one is infinite.
         """
         draws = self._drawn()
-        log_weight = np.asarray(jax.nn.log_softmax(jnp.asarray(draws.log_weight)))
+        assert draws.log_weight is not None
+        with np.errstate(divide="ignore"):  # of weights that are zero
+            log_weight = np.log(metrics.normalised_weights(draws.log_weight))
         sites = constrained(self._trained().target, draws.x)
         return {name: jnp.asarray(v) for name, v in sites.items()}, log_weight
 
@@ -452,12 +470,7 @@ class DiffusionSampler:
         found, target = self._drawn().log_evidence, self._trained().target
         if target.is_proper:
             return found
-        warnings.warn(
-            "the model has no evidence: the priors of "
-            f"{', '.join(target.improper_sites)} are improper",
-            UserWarning,
-            stacklevel=2,
-        )
+        warnings.warn(_why_no_evidence(target), UserWarning, stacklevel=2)
         return _NO_EVIDENCE
 
     @property
@@ -491,6 +504,8 @@ class DiffusionSampler:
             draws = draws._replace(log_evidence=_NO_EVIDENCE)
         print()
         print(verdict_lines(draws))
+        if not target.is_proper:
+            print(_why_no_evidence(target))
 
     # -- inside -----------------------------------------------------------------------
 
@@ -752,6 +767,14 @@ class _Grade(NamedTuple):
 def _grade(report: Diagnostics) -> _Grade:
     good = report.pareto_k < PARETO_K_LIMIT and not report.collapsed
     return _Grade(report.verdict.startswith("trust"), good, report.ess_fraction)
+
+
+def _why_no_evidence(target: ModelTarget) -> str:
+    return (
+        "the model has no evidence: the priors of "
+        f"{', '.join(target.improper_sites)} are improper; give them proper ones, or, "
+        "where a factor stands for the prior, see draws.log_evidence"
+    )
 
 
 _NO_EVIDENCE = LogEvidence(np.nan, np.inf, np.nan, None)

@@ -28,15 +28,17 @@ import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 from numpyro import handlers
+from numpyro.distributions import biject_to
 from numpyro.infer.initialization import init_to_uniform
 from numpyro.infer.mcmc import MCMCKernel
-from numpyro.infer.util import constrain_fn, initialize_model
+from numpyro.infer.util import constrain_fn, initialize_model, transform_fn
 from numpyro.util import is_prng_key
 
 from diffsamp.energies import as_key
 from diffsamp.numpyro.coordinates import Coordinates, energy_in
+from diffsamp.numpyro.target import undetermined
 from diffsamp.sampler import Sampler
-from diffsamp.types import Array, Params, PyTree
+from diffsamp.types import Array, Params, PyTree, as_count
 
 NUM_STARTS = 64
 
@@ -79,16 +81,20 @@ class DiffusionKernel(MCMCKernel):
             where there are none.
         num_proposals: paths per move, of which one is picked.
         local_kernel: a kernel of NumPyro's with the same model or potential, such as
-            ``NUTS(model)``, that makes one move after each global one.
+            ``NUTS(model)``, that makes one move after each global one. It has to have
+            `refresh`: HMC, NUTS and what is built of them have it.
         coordinates: the map from the sampler's coordinates to the unconstrained ones,
             where it was trained in others (`DiffusionSampler` does).
         init_strategy: as in NumPyro; for the local kernel's and the model's set-up. A
             chain itself starts at one of 64 draws of the sampler, picked by weight.
 
     Raises:
-        ValueError: when not exactly one of model and potential_fn is given, or
-            num_proposals is below 1; in `init` when the sampler's dimension is not that
-            of the model.
+        ValueError: when not exactly one of model and potential_fn is given,
+            num_proposals is below 1, the sampler has no valid weights, params are not
+            its own, or local_kernel is of another model or potential or cannot be moved
+            to another point; in `init` when the sampler's dimension or a start is not
+            that of the model, and in a block of Gibbs where the support of a site
+            depends on other sites.
 
     Example:
         >>> import jax, jax.numpy as jnp, diffsamp as ds
@@ -120,13 +126,12 @@ class DiffusionKernel(MCMCKernel):
     ):
         if (model is None) == (potential_fn is None):
             raise ValueError("pass either model or potential_fn, and not both")
-        if num_proposals < 1:
-            raise ValueError(f"num_proposals must be at least 1, got {num_proposals}")
-        if local_kernel is not None and not hasattr(local_kernel, "refresh"):
-            raise ValueError(
-                "local_kernel must be a NumPyro kernel that can be moved to another "
-                f"point (`refresh`), such as NUTS; got {type(local_kernel).__name__}"
-            )
+        num_proposals = as_count("num_proposals", num_proposals)
+        if not sampler.has_weights:
+            raise ValueError(f"no valid weight: {sampler.why_no_weight}")
+        sampler.check_params(params)
+        if local_kernel is not None:
+            _check_local(local_kernel, model, potential_fn)
         self._sampler = sampler
         self._params = params
         self._model = model
@@ -136,7 +141,10 @@ class DiffusionKernel(MCMCKernel):
         self._coordinates = coordinates
         self._init_strategy = init_strategy
         self._num_warmup = 0
+        self._is_block = False
         self._potential_fn_gen = None
+        self._transforms: dict[str, Any] | None = None
+        self._without_value: frozenset[str] | None = None
         self._local: Any = None
         # NumPyro calls `init` again, even with a state at hand, while this is None.
         self._sample_fn = None
@@ -167,7 +175,8 @@ class DiffusionKernel(MCMCKernel):
             rng_key: one key, or a batch of them.
             num_warmup: moves after which the mean acceptance starts anew.
             init_params: a start in unconstrained coordinates, with a leading axis of
-                chains where there are several keys; None for draws of the sampler.
+                chains where there are several keys; None for draws of the sampler. In a
+                block of Gibbs, which speaks of sites, in constrained ones.
             model_args: positional arguments of the model.
             model_kwargs: keyword arguments of the model.
         """
@@ -180,8 +189,10 @@ class DiffusionKernel(MCMCKernel):
         if flat.size != self._sampler.dim:
             raise ValueError(
                 f"the sampler has dim={self._sampler.dim}, the unconstrained sites "
-                f"{jax.tree.map(jnp.shape, template)} have {flat.size} numbers"
+                f"{jax.tree.map(jnp.shape, template)} have {flat.size} numbers; train "
+                "it on this model, with data of this size"
             )
+        init_params = self._checked_start(init_params, template, one)
         potential = self._flat_potential(model_args, model_kwargs, unravel)
         start = functools.partial(self._start, potential, unravel)
         if one:
@@ -259,26 +270,39 @@ class DiffusionKernel(MCMCKernel):
         """A copy whose model is ``wrapper(model)``, for `numpyro.infer.gibbs.Gibbs`."""
         if self._model is None:
             raise ValueError("a kernel built from a potential_fn has no model to wrap")
-        local = self._local_kernel
-        return DiffusionKernel(
-            self._sampler,
-            self._params,
-            wrapper(self._model),
-            num_proposals=self._num_proposals,
-            local_kernel=None if local is None else local.wrap_model(wrapper),
-            coordinates=self._coordinates,
-            init_strategy=self._init_strategy,
-        )
+        kernel = copy.copy(self)
+        vars(kernel).update(dict.fromkeys(_MADE_BY_INIT))
+        kernel._model = wrapper(self._model)
+        if self._local_kernel is not None:
+            kernel._local_kernel = self._local_kernel.wrap_model(wrapper)
+        kernel._is_block = True
+        return kernel
 
-    def postprocess_fn(self, model_args, model_kwargs):
-        """Constrained and deterministic sites of z, by replaying the model."""
+    def get_constrain_fn(self, model_args, model_kwargs):
+        """Constrained sites of z by their transforms alone; the rest needs no model."""
         if self._model is None:
             return _identity
-        return functools.partial(_constrain, self._model, model_args, model_kwargs)
+        if self._transforms is None:
+            return self.postprocess_fn(model_args, model_kwargs)
+        return functools.partial(transform_fn, self._transforms)
+
+    def postprocess_fn(self, model_args, model_kwargs):
+        """Constrained and deterministic sites of z, by replaying the model.
+
+        Deterministic ones that depend on sites that are summed out are left out.
+        """
+        if self._model is None:
+            return _identity
+        return functools.partial(
+            _constrain,
+            self._model,
+            model_args,
+            model_kwargs,
+            self._without_value or frozenset(),
+        )
 
     def __getstate__(self):
-        made_by_init = ("_sample_fn", "_potential_fn_gen", "_local")
-        return self.__dict__ | dict.fromkeys(made_by_init)
+        return self.__dict__ | dict.fromkeys(_MADE_BY_INIT)
 
     # -- inside -----------------------------------------------------------------------
 
@@ -297,7 +321,36 @@ class DiffusionKernel(MCMCKernel):
             model_kwargs=model_kwargs,
         )
         self._potential_fn_gen = info.potential_fn
+        self._transforms = _fixed_transforms(info.model_trace)
+        self._without_value = frozenset()
+        if any(map(_is_discrete_latent, info.model_trace.values())):
+            self._without_value = undetermined(
+                _fold(key, 3), self._model, model_args, model_kwargs
+            )
         return info.param_info.z
+
+    def _checked_start(self, init_params, template, one):
+        """What is given, in unconstrained coordinates; None if nothing is."""
+        if self._is_block and self._transforms is None:
+            raise ValueError(
+                f"the supports of sites {sorted(template)} depend on other sites, "
+                "which a block of Gibbs cannot follow; use the kernel for all sites"
+            )
+        if init_params is None:
+            return None
+        if self._is_block:
+            assert self._transforms is not None
+            init_params = transform_fn(self._transforms, init_params, invert=True)
+        shapes = jax.tree.map(jnp.shape, init_params)
+        expected = jax.tree.map(jnp.shape, template)
+        if not one:
+            shapes = jax.tree.map(lambda a: jnp.shape(a)[1:], init_params)
+        if shapes != expected:
+            raise ValueError(
+                "init_params must be unconstrained values of shapes "
+                f"{expected}{'' if one else ' of every chain'}, got {shapes}"
+            )
+        return init_params
 
     def _generator(self, model_args, model_kwargs):
         return functools.partial(self._flat_potential, model_args, model_kwargs)
@@ -409,14 +462,69 @@ class DiffusionKernel(MCMCKernel):
         return refresh(local) if one else jax.vmap(refresh)(local)
 
 
+# Of the model and data at hand: another `init` makes them again.
+_MADE_BY_INIT = (
+    "_sample_fn",
+    "_potential_fn_gen",
+    "_transforms",
+    "_without_value",
+    "_local",
+)
+
+
+def _check_local(local_kernel, model, potential_fn):
+    """Of another density, or left where the path began, it would not be exact."""
+    is_kernel = isinstance(local_kernel, MCMCKernel)
+    if not is_kernel or type(local_kernel).refresh is MCMCKernel.refresh:
+        raise ValueError(
+            "local_kernel must be a NumPyro kernel that can be moved to another "
+            f"point (`refresh`), such as NUTS; got {type(local_kernel).__name__}"
+        )
+    other = getattr(local_kernel, "model", None)
+    if other != model:
+        raise ValueError(
+            f"local_kernel must have the same model, {model}, got one of {other}"
+        )
+    other = getattr(local_kernel, "_potential_fn", potential_fn)
+    if other != potential_fn:
+        raise ValueError(
+            f"local_kernel must have the same potential_fn, {potential_fn}, got one of "
+            f"{other}"
+        )
+
+
+def _fixed_transforms(model_trace):
+    """From unconstrained sites to their supports, or None where these may move."""
+    transforms = {}
+    for name, site in model_trace.items():
+        if site["type"] != "sample" or site["is_observed"]:
+            continue
+        if _is_discrete_latent(site):
+            continue
+        support = site["fn"].support
+        transforms[name] = biject_to(support)
+        while support is not None:
+            bounds = [getattr(support, f"{end}_bound", 0) for end in ("lower", "upper")]
+            if not all(isinstance(bound, int | float) for bound in bounds):
+                return None
+            support = getattr(support, "base_constraint", None)
+    return transforms
+
+
+def _is_discrete_latent(site):
+    is_latent = site["type"] == "sample" and not site["is_observed"]
+    return is_latent and site["fn"].support.is_discrete
+
+
 def _identity(z):
     return z
 
 
-def _constrain(model, model_args, model_kwargs, z):
+def _constrain(model, model_args, model_kwargs, without_value, z):
     seeded = handlers.seed(model, jax.random.key(0))
     kwargs = {} if model_kwargs is None else model_kwargs
-    return constrain_fn(seeded, model_args, kwargs, z, return_deterministic=True)
+    sites = constrain_fn(seeded, model_args, kwargs, z, return_deterministic=True)
+    return {name: v for name, v in sites.items() if name not in without_value}
 
 
 def _fold(key, number):

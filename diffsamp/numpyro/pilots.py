@@ -114,7 +114,8 @@ def find(
         )
     except ValueError as error:
         raise ValueError(
-            f"no points of the posterior were found: {tried}{error}"
+            f"no points of the posterior were found: {tried}{error}. More "
+            "num_particles, or a prior that is nearer to the posterior, may help"
         ) from error
     found = _as_pilot(probe, to_x(affine, probe.x))
     return found._replace(

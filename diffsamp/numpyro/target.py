@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import warnings
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
@@ -20,8 +21,9 @@ import numpyro.distributions as dist
 from jax.flatten_util import ravel_pytree
 from jax.tree_util import Partial
 from numpyro import handlers
-from numpyro.infer import init_to_uniform
+from numpyro.infer import init_to_sample, init_to_uniform, init_to_value
 from numpyro.infer.util import constrain_fn, initialize_model, unconstrain_fn
+from numpyro.ops.provenance import eval_provenance
 
 from diffsamp.energies import as_key
 from diffsamp.numpyro.affine import affine_from
@@ -36,7 +38,8 @@ class ModelTarget(Target):
 
     Made by :func:`target_from_model`. All callables are `jax.tree_util.Partial` that
     carry the data as array leaves: passed as arguments to compiled code they do not
-    recompile for new data of equal shape (see :meth:`with_data`).
+    recompile for new data of equal shape (see :meth:`with_data`). To pickle one, the
+    model must be a function of a module; it is traced again when it is loaded.
 
     Attributes:
         unravel: one flat point [D] to the dict of unconstrained sites. Flattening is
@@ -135,6 +138,16 @@ class ModelTarget(Target):
             coordinates = Chain(self.coordinates, coordinates)
         return self._bind(self.energy.args[1], coordinates)
 
+    def __reduce__(self):
+        plain = self.standardised(None)
+        assert plain.constrain is not None
+        assert plain.initial is not None
+        start = plain.constrain(plain.initial)
+        start = {site: np.asarray(start[site]) for site in self.site_names}
+        args, kwargs = self._program.arguments(self.energy.args[1])
+        given = self._program.model, args, kwargs, self.name, start, self.coordinates
+        return _again, (*given, self.log_z, self.modes, self.sample)
+
     def _bind(
         self, data: tuple, coordinates: Coordinates | None, **changes: Any
     ) -> ModelTarget:
@@ -181,6 +194,9 @@ def target_from_model(
     data as arguments, for it computes with their values in Python or NumPy, gets them
     as constants: all of them are static then, and new data compile anew.
 
+    Deterministic sites that depend on a site that is summed out have no value at a
+    point: ``constrain`` leaves them out, with a warning.
+
     The prior is the product of the continuous latent sites, the log-determinants of
     their transforms included; the likelihood is all the rest, summed over discrete
     sites. Where a continuous site's prior depends on one of these, there is no prior
@@ -200,8 +216,9 @@ def target_from_model(
         init_strategy: passed on to NumPyro's ``initialize_model``.
         name: short identifier used in tables; by default the model's name.
         standardise: a pilot, such as ``ds.prior_draws()``, ``ds.laplace()`` or
-            ``ds.short_mcmc()``, whose draws give affine coordinates in which the
-            posterior is about a unit normal; None for NumPyro's unconstrained ones.
+            ``ds.short_mcmc()``, whose draws, of the prior or the posterior, give affine
+            coordinates in which that is about a unit normal; None for NumPyro's
+            unconstrained ones.
 
     Returns:
         A :class:`ModelTarget` with ``log_z=None``.
@@ -211,7 +228,8 @@ def target_from_model(
             plates with a subsample_size.
         RuntimeError: when the model has no continuous latent site. NumPyro's own errors
             (no valid initial point, a discrete site that cannot be enumerated, a Delta
-            latent, ...) pass through as they are; see its documentation.
+            latent, ...) pass through, with a note where they name neither site nor
+            remedy.
 
     Sources: NumPyro 0.22, `numpyro.infer.util` (`initialize_model`, `constrain_fn`).
 
@@ -240,8 +258,8 @@ def target_from_model(
         except _NEEDS_VALUES:
             data, structure = (), _all_static(model_args, model_kwargs)
             info, start = found(data, structure)
-    except (RuntimeError, ValueError) as error:
-        _explain(error, model, model_args, model_kwargs)
+    except (ImportError, RuntimeError, ValueError) as error:
+        _explain(error, key, model, init_strategy, model_args, model_kwargs)
         raise
     name = str(getattr(model, "__name__", "model")) if name is None else name
     if not start:
@@ -266,7 +284,19 @@ def target_from_model(
         for site, message in info.model_trace.items()
         if message["type"] in ("param", "mutable")
     }
-    is_enumerated = any(site not in start for site in latent)
+    summed_out = sorted(set(latent) - set(start))
+    is_enumerated, without_value = bool(summed_out), frozenset()
+    if is_enumerated:
+        without_value = undetermined(key, model, model_args, model_kwargs)
+    if without_value:
+        warnings.warn(
+            f"deterministic sites {', '.join(sorted(without_value))} depend on what is "
+            f"summed out ({', '.join(summed_out)}), and are left out; draw that with "
+            "Predictive(model, samples, infer_discrete=True), and them with another "
+            "Predictive that is given both",
+            UserWarning,
+            stacklevel=2,
+        )
     improper = tuple(s for s in sorted(latent) if _is_improper(latent[s]["fn"]))
     is_modified = any(
         message["scale"] is not None or _is_masked(message["fn"])
@@ -280,6 +310,7 @@ def target_from_model(
         site_names=tuple(sorted(start)),
         structure=structure,
         initial=initial,
+        without_value=without_value,
         identity=_identity(model, frozen, unravel, structure),
     )
 
@@ -352,6 +383,43 @@ def _initialize(key, model, init_strategy, data, structure):
     return kept[-1], found.z
 
 
+def _again(model, args, kwargs, name, start, coordinates, log_z, modes, sample):
+    """A target that was pickled."""
+    where = functools.partial(init_to_value, values=start)
+    target = target_from_model(model, args, kwargs, init_strategy=where, name=name)
+    target = target.standardised(coordinates)
+    return dataclasses.replace(target, log_z=log_z, modes=modes, sample=sample)
+
+
+def undetermined(key: Key, model: Callable, args: tuple, kwargs: dict) -> frozenset:
+    """Deterministic sites that depend on discrete latent ones.
+
+    Args:
+        key: for values of the sites, which do not matter.
+        model: a NumPyro model.
+        args: its positional arguments.
+        kwargs: its keyword arguments.
+    """
+    start = handlers.substitute(handlers.seed(model, key), substitute_fn=init_to_sample)
+    trace = handlers.trace(start).get_trace(*args, **kwargs)
+    latent = {
+        site: message["value"]
+        for site, message in trace.items()
+        if message["type"] == "sample" and not message["is_observed"]
+    }
+    discrete = {s: v for s, v in latent.items() if trace[s]["fn"].support.is_discrete}
+    if not discrete:
+        return frozenset()
+
+    def deterministic(**values):
+        fixed = handlers.substitute(handlers.seed(model, key), data=latent | values)
+        trace = handlers.trace(fixed).get_trace(*args, **kwargs)
+        return {k: m["value"] for k, m in trace.items() if m["type"] == "deterministic"}
+
+    found = eval_provenance(deterministic, **discrete)
+    return frozenset(k for k, sources in found.items() if any(jax.tree.leaves(sources)))
+
+
 def subsampled_plates(model_trace) -> list[tuple[str, int, int]]:
     """Plates that take some of their rows at random: name, rows, rows taken."""
     plates = {
@@ -376,25 +444,43 @@ def _check_plates(model_trace) -> None:
         )
 
 
-def _explain(error, model, args, kwargs) -> None:
+def _explain(error, key, model, init_strategy, args, kwargs) -> None:
     """Adds to NumPyro's error what it does not say."""
-    if "valid initial parameters" in str(error):
-        bad = []
-        started = handlers.substitute(
-            handlers.seed(model, jax.random.key(0)), substitute_fn=init_to_uniform()
-        )
-        trace = handlers.trace(started).get_trace(*args, **kwargs)
-        for site, message in trace.items():
-            if message["type"] == "sample":
-                log_prob = message["fn"].log_prob(message["value"])
-                if not bool(jnp.all(jnp.isfinite(log_prob))):
-                    bad.append(site)
-        if bad:
-            error.add_note(
-                f"diffsamp: the density is not finite at sites: {', '.join(bad)}; "
-                "check data and priors there, or pass an init_strategy that starts "
-                "where it is finite."
-            )
+    if "funsor" in str(error):
+        error.add_note("diffsamp: pip install 'diffsamp[enum]'")
+    if "valid initial parameters" not in str(error):
+        return
+    start = handlers.substitute(handlers.seed(model, key), substitute_fn=init_strategy)
+    found = handlers.trace(start).get_trace(*args, **kwargs)
+    latent = {
+        site: message["value"]
+        for site, message in found.items()
+        if message["type"] == "sample" and not message["is_observed"]
+    }
+    latent = {site: jnp.asarray(value) for site, value in latent.items()}
+    moving = {s: v for s, v in latent.items() if jnp.issubdtype(v.dtype, jnp.floating)}
+
+    def log_prob(values, site):
+        fixed = handlers.substitute(handlers.seed(model, key), data=latent | values)
+        message = handlers.trace(fixed).get_trace(*args, **kwargs)[site]
+        return jnp.sum(message["fn"].log_prob(message["value"]))
+
+    def not_finite(function):
+        return [
+            site
+            for site, message in found.items()
+            if message["type"] == "sample"
+            and not bool(jnp.isfinite(ravel_pytree(function(moving, site))[0]).all())
+        ]
+
+    what, bad = "density", not_finite(log_prob)
+    if not bad:
+        what, bad = "gradient", not_finite(jax.grad(log_prob))
+    where = f"at sites: {', '.join(bad)}" if bad else "at some of the points tried"
+    error.add_note(
+        f"diffsamp: the {what} is not finite {where}; check data and priors there, or "
+        "pass an init_strategy, such as init_to_value, that starts where it is finite."
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -416,6 +502,7 @@ class _Program:
     site_names: tuple[str, ...]
     structure: _Structure
     initial: Array
+    without_value: frozenset[str]
     identity: Hashable
 
     def __eq__(self, other):
@@ -540,13 +627,14 @@ def _constrain(
     all of those that do. The seed only serves sites that are not determined by x.
     """
     args, kwargs = program.arguments(data)
-    return constrain_fn(
+    sites = constrain_fn(
         handlers.seed(program.model, jax.random.key(0)),
         args,
         kwargs,
         _unravel(program, coordinates, y),
         return_deterministic=True,
     )
+    return {k: v for k, v in sites.items() if k not in program.without_value}
 
 
 @_compiled

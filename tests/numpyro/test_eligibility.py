@@ -1,5 +1,7 @@
 """Which models are eligible, and what those that are not are told."""
 
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,9 +9,11 @@ import numpyro
 import numpyro.distributions as dist
 import pytest
 import scipy.stats
-from numpyro.infer import Predictive
+from numpyro.infer import MCMC, Predictive, init_to_value
+from numpyro.primitives import mutable
 
-from diffsamp.numpyro import target_from_model
+import diffsamp as ds
+from diffsamp.numpyro import DiffusionKernel, target_from_model
 
 # NumPyro broadcasts in its own code.
 pytestmark = pytest.mark.relaxed("ranks", "dtypes")
@@ -69,6 +73,44 @@ def test_the_site_without_a_density_stands_in_a_note():
     assert "not finite at sites: bad; check data" in " ".join(caught.value.__notes__)
 
 
+def no_gradient():
+    x = numpyro.sample("x", dist.Normal(0.0, 1.0))
+    numpyro.factor("root", jnp.sqrt(0.0 * x))
+
+
+def test_the_site_without_a_gradient_stands_in_a_note():
+    with pytest.raises(RuntimeError) as caught:
+        target_from_model(no_gradient)
+    said = " ".join(caught.value.__notes__)
+    assert "gradient is not finite at sites: root; check data" in said
+    assert "pass an init_strategy" in said
+
+
+def test_the_note_is_about_the_strategy_that_was_given():
+    def model():
+        x = numpyro.sample("x", dist.Normal(0.0, 1.0))
+        numpyro.factor("far", jnp.log(x - 5.0))
+
+    target_from_model(model, init_strategy=init_to_value(values={"x": 6.0}))
+    strategy = init_to_value(values={"x": 4.0})
+    with pytest.raises(RuntimeError) as caught:
+        target_from_model(model, init_strategy=strategy)
+    assert "density is not finite at sites: far" in " ".join(caught.value.__notes__)
+
+
+def test_mutable_sites_are_frozen():
+    def model(y):
+        mean = numpyro.sample("mean", dist.Normal(0.0, 1.0))
+        count = mutable("count", {"value": jnp.array(2.0)})
+        numpyro.sample("y", dist.Normal(mean * count["value"], 1.0), obs=y)
+
+    target = target_from_model(model, (Y,))
+    x = 0.4
+    normal = scipy.stats.norm.logpdf
+    expected = -normal(x) - normal(Y, 2 * x, 1).sum()
+    assert float(target.energy(jnp.array([x]))) == pytest.approx(expected, rel=1e-5)
+
+
 def test_circles_are_warned_of():
     def model():
         numpyro.sample("angle", dist.VonMises(0.0, 1.0))
@@ -109,6 +151,35 @@ def test_discrete_sites_are_summed_out():
     assert found["z"].shape == (5, 3)
 
 
+def counted(y):
+    share = numpyro.sample("share", dist.Beta(2.0, 3.0))
+    z = numpyro.sample("z", dist.Bernoulli(share), infer={"enumerate": "parallel"})
+    sign = numpyro.deterministic("sign", 2.0 * z - 1.0)
+    numpyro.deterministic("odds", share / (1 - share))
+    numpyro.sample("y", dist.Normal(sign, 1.0), obs=y)
+
+
+def test_deterministic_sites_of_what_is_summed_out_have_no_value():
+    """It would be that of one value of the discrete site, whatever the point."""
+    pytest.importorskip("funsor")
+    with pytest.warns(
+        UserWarning, match=r"sites sign depend .* \(z\), and are left out"
+    ):
+        target = target_from_model(counted, (Y[0],))
+    sites = jax.vmap(target.constrain)(jnp.zeros((3, 1)))
+    assert sorted(sites) == ["odds", "share"]
+    found = Predictive(counted, sites, infer_discrete=True)(jax.random.key(0), Y[0])
+    assert set(np.unique(found["z"])) <= {0, 1}
+    given = sites | {"z": found["z"]}
+    again = Predictive(counted, given, return_sites=["sign"])(jax.random.key(0), Y[0])
+    np.testing.assert_array_equal(again["sign"], 2 * found["z"] - 1)
+    sampler = ds.samplers.dis(1, 3)
+    kernel = DiffusionKernel(sampler, sampler.init(jax.random.key(0)), counted)
+    mcmc = MCMC(kernel, num_warmup=0, num_samples=4, progress_bar=False)
+    mcmc.run(jax.random.key(0), Y[0])
+    assert sorted(mcmc.get_samples()) == ["odds", "share"]
+
+
 def test_a_prior_that_depends_on_an_enumerated_site_is_none_alone():
     pytest.importorskip("funsor")
 
@@ -125,6 +196,14 @@ def test_a_prior_that_depends_on_an_enumerated_site_is_none_alone():
     prior = 0.7 * normal(x, 0, 1).prod() + 0.3 * normal(x, 4, 1).prod()
     expected = -np.log(prior * normal(Y[:2], x, 1).prod())
     assert float(target.energy(jnp.asarray(x))) == pytest.approx(expected, rel=1e-5)
+
+
+def test_without_funsor_the_note_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "numpyro.contrib.funsor", None)
+    monkeypatch.setitem(sys.modules, "funsor", None)
+    with pytest.raises(ImportError) as caught:
+        target_from_model(counted, (Y[0],))
+    assert "diffsamp[enum]" in " ".join(caught.value.__notes__)
 
 
 def test_unmarked_discrete_sites_are_warned_of():

@@ -9,6 +9,7 @@ import numpyro
 import numpyro.distributions as dist
 import optax
 import pytest
+import scipy.stats
 from numpyro import handlers
 from numpyro.infer import (
     SVI,
@@ -65,12 +66,7 @@ def test_the_elbo_is_that_of_the_paths(sampler):
     state = svi.init(jax.random.key(0), DATA)
     params = svi.get_params(state)
     found = -float(svi.evaluate(state, DATA))
-    # The same sampler over points whose sites are sorted by name: permute.
-    target = target_from_model(model, (DATA,))
-
-    def energy(x):  # the guide's order: scale, loc
-        return target.energy(jnp.concatenate([x[1:], x[:1]]))
-
+    energy = target_from_model(model, (DATA,)).energy  # over the same points
     draws = ds.draw(
         jax.random.key(1), guide.sampler, guide.params_of(params), energy, 4_000
     )
@@ -108,6 +104,27 @@ def test_every_elbo_takes_it(name):
     np.testing.assert_allclose(draws["sum"], draws["loc"].sum(-1), rtol=1e-5)
 
 
+def test_the_gradient_of_every_path_bound_is_one():
+    """TraceGraph's, too, which asks each site of the guide whether it has one."""
+    svi, _ = svi_of()
+    params = svi.get_params(svi.init(jax.random.key(0), DATA))
+
+    def gradient(loss):
+        key = jax.random.key(5)
+        return jax.grad(lambda p: loss.loss(key, p, model, svi.guide, DATA))(params)
+
+    losses = Trace_ELBO(), TraceMeanField_ELBO(), TraceGraph_ELBO()
+    first, *others = map(gradient, losses)
+    size = max(float(jnp.max(jnp.abs(leaf))) for leaf in jax.tree.leaves(first))
+    assert size > 0.1
+    for other in others:
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4 * size),
+            first,
+            other,
+        )
+
+
 OBJECTIVES = {
     "log_variance": ds.objectives.log_variance,
     "reverse_kl": ds.objectives.reverse_kl,
@@ -134,7 +151,7 @@ def test_our_objectives_as_losses(name):
 
 def test_losses_that_cannot_be():
     svi, _ = svi_of(loss=PathELBO(ds.objectives.trajectory_balance()))
-    with pytest.raises(ValueError, match=r"own paths.*diffsamp\.fit"):
+    with pytest.raises(ValueError, match=r"own paths.*this one has.*diffsamp\.fit"):
         svi.run(jax.random.key(0), 2, DATA, progress_bar=False)
     other = SVI(model, AutoNormal(model), optax.adam(1e-3), PathELBO())
     with pytest.raises(ValueError, match="must be an AutoDiffusion, got AutoNormal"):
@@ -149,11 +166,7 @@ def trained():
 
 def test_learning_closes_the_gap(trained):
     guide, result = trained
-    target = target_from_model(model, (DATA,))
-
-    def energy(x):
-        return target.energy(jnp.concatenate([x[1:], x[:1]]))
-
+    energy = target_from_model(model, (DATA,)).energy
     before, after = (
         ds.draw(jax.random.key(1), guide.sampler, params, energy, 4_000).log_evidence
         for params in (
@@ -175,6 +188,40 @@ def test_predictive_both_ways(trained):
         guide, params=result.params, num_samples=7, return_sites=["loc", "scale"]
     )
     assert alone(jax.random.key(3), DATA)["loc"].shape == (7, 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make_key", [jax.random.key, jax.random.PRNGKey])
+def test_in_64_bits(make_key, x64):
+    svi, guide = svi_of()
+    result = svi.run(make_key(0), 3, DATA, progress_bar=False)
+    draws = guide.sample_posterior(make_key(1), result.params, sample_shape=(4,))
+    assert result.losses.dtype == draws["loc"].dtype == jnp.float64
+    other, _ = svi_of(loss=PathELBO(num_particles=8))
+    assert np.all(np.isfinite(other.run(make_key(0), 3, DATA, progress_bar=False)[2]))
+
+
+@pytest.mark.slow
+def test_quantiles_of_a_posterior_that_is_known():
+    """Without control the sampler's ends are its reference, here the posterior."""
+
+    def normal():
+        numpyro.sample("x", dist.Normal(3.0, 2.0))
+
+    def still(dim, num_steps, **reference):
+        control = ds.networks.from_function(
+            lambda key, dim: jnp.zeros(dim), lambda params, x, t, context: params
+        )
+        return ds.samplers.dis(dim, num_steps, network=control, **reference)
+
+    guide = AutoDiffusion(normal, sampler=still, num_steps=4, loc=3.0, scale=2.0)
+    svi = SVI(normal, guide, optax.adam(1e-9), Trace_ELBO())
+    result = svi.run(jax.random.key(0), 2, progress_bar=False)
+    levels = np.array([0.1, 0.5, 0.9])
+    found = guide.quantiles(result.params, levels)["x"]
+    expected = scipy.stats.norm.ppf(levels, 3.0, 2.0)
+    np.testing.assert_allclose(found, expected, atol=0.25)  # 3 standard errors
+    np.testing.assert_allclose(guide.median(result.params)["x"], found[1])
 
 
 @pytest.mark.slow

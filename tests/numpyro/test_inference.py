@@ -10,7 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
+import optax
 import pytest
+import scipy.stats
 from numpyro.infer import MCMC, NUTS, Predictive
 
 import diffsamp as ds
@@ -241,13 +243,83 @@ def test_new_data_of_equal_shape_do_not_compile_the_training_again(inference, co
     assert mean == pytest.approx(expected, abs=0.05)
 
 
+def shared(y):
+    """The same with as many data as there are."""
+    mean = numpyro.sample("mean", dist.Normal(0.0, 2.0))
+    numpyro.sample("y", dist.Normal(mean, 1.0).expand(y.shape).to_event(1), obs=y)
+
+
 @pytest.mark.slow
 def test_other_data_are_trained_on():
-    made = small(model)
-    for data in (DATA, DATA + 10.0):
-        made.run(jax.random.key(0), 500, y=data, progress_bar=False)
-        expected = float(jnp.sum(data)) / PRECISION
+    """Of another size, too; raw keys do."""
+    made = small(shared)
+    for data in (DATA, DATA + 10.0, jnp.full(8, -3.0)):
+        made.run(jax.random.PRNGKey(0), 500, y=data, progress_bar=False)
+        expected = float(jnp.sum(data)) / (len(data) + 1 / 4)
         assert made.get_samples()["mean"].mean() == pytest.approx(expected, abs=0.15)
+
+
+@pytest.mark.slow
+def test_objective_behaviour_and_optimizer_may_be_given():
+    made = small(
+        model,
+        objective=ds.objectives.trajectory_balance(),
+        behaviour=ds.behaviours.on_policy(),
+        optimizer=optax.adam(5e-3),
+    )
+    made.fit(jax.random.key(0), 200, y=DATA, progress_bar=False)
+    assert "log_z" in made.state.fit.metrics  # of trajectory balance
+    made.run(jax.random.key(1), 1_000, y=DATA)
+    assert made.get_samples()["mean"].mean() == pytest.approx(POSTERIOR_MEAN, abs=0.1)
+
+
+@pytest.mark.slow
+def test_what_is_summed_out_by_the_way():
+    """An enumerated site: the weights of the two values of x's mean, and log Z."""
+    pytest.importorskip("funsor")
+
+    def enumerated(y):
+        z = numpyro.sample("z", dist.Bernoulli(0.3), infer={"enumerate": "parallel"})
+        x = numpyro.sample("x", dist.Normal(0.0, 1.0))
+        numpyro.sample("y", dist.Normal(x + 2.0 * z, 0.5), obs=y)
+
+    made = small(enumerated)
+    made.run(jax.random.key(0), 2_000, y=1.5, progress_bar=False)
+    normal, var = scipy.stats.norm.pdf, 1.25
+    parts = np.array([0.7 * normal(1.5, 0, var**0.5), 0.3 * normal(-0.5, 0, var**0.5)])
+    means = np.array([1.5, -0.5]) / var
+    expected = parts @ means / parts.sum()
+    assert made.get_samples()["x"].mean() == pytest.approx(expected, abs=0.1)
+    evidence = made.log_evidence
+    exact = np.log(parts.sum())
+    assert abs(evidence.estimate - exact) < 4 * evidence.standard_error + 1e-3
+
+
+def test_a_trained_sampler_is_pickled(inference):
+    """Also its state alone, from which another goes on."""
+    again = pickle.loads(pickle.dumps(inference))
+    for name, values in inference.get_samples().items():
+        np.testing.assert_array_equal(again.get_samples()[name], values)
+    other = small(model)
+    state = pickle.loads(pickle.dumps(inference.state))
+    other.fit(jax.random.key(2), 3, state=state, progress_bar=False)
+    other.run(jax.random.key(3), 200, y=DATA)
+    assert other.get_samples()["mean"].mean() == pytest.approx(POSTERIOR_MEAN, abs=0.2)
+
+
+def test_run_without_the_data_of_training_is_refused(inference):
+    with pytest.raises(ValueError, match="run needs the data again"):
+        copy.copy(inference).run(jax.random.key(0), 100)
+
+
+def test_a_weight_that_is_no_number_counts_as_none(inference):
+    made = copy.copy(inference)
+    log_weight = np.array(made.draws.log_weight)
+    log_weight[0] = np.nan
+    made._draws = made.draws._replace(log_weight=log_weight)
+    _, found = made.get_weighted_samples()
+    assert found[0] == -np.inf
+    assert np.exp(found).sum() == pytest.approx(1.0)
 
 
 @pytest.mark.slow
@@ -297,6 +369,14 @@ def test_a_state_stays_with_its_data(inference, monkeypatch):
     assert made.draws is draws
     with pytest.raises(ValueError, match="state was trained on other data"):
         made.fit(jax.random.key(0), 2, y=DATA + 50.0, state=made.state)
+
+
+def test_the_bar_shows_the_elbo(inference, monkeypatch, capsys):
+    for name in ("CI", "PYTEST_XDIST_WORKER"):
+        monkeypatch.delenv(name, raising=False)
+    made = copy.copy(inference)
+    made.fit(jax.random.key(0), 20, state=made.state)
+    assert "elbo=" in capsys.readouterr().err
 
 
 def test_to_go_on_needs_no_data_again(inference):
@@ -447,13 +527,15 @@ def test_pilots_that_disagree_are_no_witnesses(inference):
 
 
 @pytest.mark.slow
-def test_an_improper_prior_has_no_evidence():
+def test_an_improper_prior_has_no_evidence(capsys):
     made = small(improper)
     made.run(jax.random.key(0), 500, y=DATA, progress_bar=False)
     assert made.get_samples()["mean"].mean() == pytest.approx(1.0, abs=0.1)
-    with pytest.warns(UserWarning, match="no evidence: the priors of mean"):
+    with pytest.warns(UserWarning, match="no evidence: the priors of mean .*proper"):
         evidence = made.log_evidence
     assert np.isnan(evidence.estimate)
+    made.print_summary()
+    assert "no evidence: the priors of mean are improper" in capsys.readouterr().out
 
 
 def test_before_anything_is_done():
@@ -474,6 +556,9 @@ def test_before_anything_is_done():
             lambda: DiffusionSampler(model, max_energy_evaluations=1e6),
             "max_energy_evaluations must be an integer",
         ),
+        (lambda: small(model, objective="tb"), "one of ds.objectives, got 'tb'"),
+        (lambda: small(model, behaviour=3), "one of ds.behaviours, got 3"),
+        (lambda: small(model, optimizer=1e-3), "one of optax, got 0.001"),
         (lambda: small(model).run(jax.random.key(0), 0), "num_samples must be at le"),
         (lambda: small(model).run(jax.random.key(0), 4e3), "num_samples must be an"),
         (lambda: small(model).fit(jax.random.key(0), 0), "num_updates must be at le"),

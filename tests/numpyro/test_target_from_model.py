@@ -250,7 +250,14 @@ def test_nan_density_counts_as_none():
     assert jnp.isfinite(target.energy(jnp.ones(1)))
 
 
-@pytest.mark.parametrize("pilot", [ds.prior_draws(500), ds.laplace(num_draws=500)])
+PILOTS = {
+    "prior_draws": ds.prior_draws(500),
+    "laplace": ds.laplace(num_draws=500),
+    "short_mcmc": ds.short_mcmc(4, 20, 20),
+}
+
+
+@pytest.mark.parametrize("pilot", PILOTS.values(), ids=PILOTS)
 def test_standardised(pilot):
     """Other coordinates: the same sites, the same log Z, about a unit normal."""
     plain = target_from_model(scale_model, (Y,))
