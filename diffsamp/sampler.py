@@ -176,10 +176,10 @@ class Sampler:
 
     Raises:
         ValueError: when dim or num_steps is below 1, loc or scale has another length
-            than dim or is not finite, scale is not positive, a network is no control,
-            finest is below 1 or not a multiple of num_steps, it is 1 and the
-            destruction kernel is learned, or the process starts from a point mass and a
-            prior is given.
+            than dim or is not finite, scale is not positive, a network is no control
+            or was built for another noise schedule, finest is below 1 or not a multiple
+            of num_steps, it is 1 and the destruction kernel is learned, or the process
+            starts from a point mass and a prior is given.
     """
 
     dim: int
@@ -223,6 +223,14 @@ class Sampler:
                 f"schedule must come from diffsamp.schedules, got {schedule!r}; "
                 "schedules.cosine(), for one"
             )
+        for name in ("generation", "destruction"):
+            module = getattr(getattr(self, name), "module", None)
+            of_network = getattr(module, "schedule", schedule)
+            if of_network != schedule:
+                raise ValueError(
+                    f"the network of {name} must have the schedule of the sampler, "
+                    f"{schedule!r}, got one with {of_network!r}; give both the same"
+                )
         time_grid = getattr(self.process, "time_grid", None)
         if time_grid is not None and not callable(time_grid):
             raise ValueError(

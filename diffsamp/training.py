@@ -962,7 +962,7 @@ def _longest_run(skipped: np.ndarray, before: int) -> int:
 
 def _chunk_length(per_update: float | None) -> int:
     if per_update is None:
-        return 10
+        return 1  # which may take minutes
     return int(np.clip(1.0 / max(per_update, 1e-6), 1, MAX_CHUNK))
 
 

@@ -18,13 +18,15 @@ ONE_STEP = ("scds", "any_step", "cdds")
 METHODS = TEACHERS + ONE_STEP
 FEW = (1, 2, 4, 8)
 NUM_DRAWS = 100_000  # for which calls are counted
+LEAST_SEEDS = 3
 
 GROUPS = (
     (
         "Evidence, by weighted draws",
         ("log Z error", "log_z_error", "{:+.3f}", abs),
         ("its standard error", "log_z_standard_error", "{:.3f}", float),
-        ("ELBO gap", "elbo_gap", "{:.3f}", float),
+        ("ELBO", "elbo", "{:.3f}", lambda v: -v),
+        ("its gap", "elbo_gap", "{:.3f}", float),
         ("EUBO gap", "eubo_gap", "{:.3f}", float),
         ("ESS", "ess", "{:.3f}", lambda v: -v),
         ("k-hat", "pareto_k", "{:.2f}", float),
@@ -33,11 +35,13 @@ GROUPS = (
     (
         "Draws without weights",
         ("mode error", "flow_mode_tv", "{:.3f}", float),
+        ("its floor", "flow_mode_tv_floor", "{:.3f}", float),
         ("sd error", "flow_sd_error", "{:.3f}", float),
         ("its floor", "flow_sd_error_floor", "{:.3f}", float),
         ("of the wells", "flow_well_sd_error", "{:.3f}", float),
         ("of the Gaussians", "flow_gaussian_sd_error", "{:.3f}", float),
         ("quantile error", "flow_quantile_error", "{:.3f}", float),
+        ("its floor", "flow_quantile_error_floor", "{:.3f}", float),
         ("in bands", "flow_band_error", "{:.3f}", float),
         ("its floor", "flow_band_error_floor", "{:.3f}", float),
         ("mean error", "flow_mean_error", "{:.3f}", float),
@@ -79,8 +83,9 @@ def table(args):
     lines += ["Claims:", "", *markdown(heads, claims(everything)), ""]
     note = (
         f"Mean (worst) over seeds, {described(everything[0])}. A student's kernels are "
-        "trained for weights at 1, 2, 4 and 8 steps, and judged there. What failed or "
-        "is no number counts as infinite. "
+        "trained for weights at 1, 2, 4 and 8 steps, and weighed there. What failed or "
+        "is no number counts as infinite, and so does an error of log Z by weights "
+        "whose k-hat is 0.7 or more. "
     )
     lines += [note + honest(rows), "", *failures(everything), *others(rows)]
     print("\n".join(lines))
@@ -155,18 +160,40 @@ def size_of(name, steps=(1,), away_from=0.0):
     return number
 
 
+def log_z_error(one, method):
+    """The largest at few steps; infinite where the weights know no error bar."""
+    sizes = size_of("log_z_error", FEW)(one, method)
+    bars = size_of("log_z_standard_error", FEW)(one, method)
+    return sizes if bars is None or math.isfinite(bars) else math.inf
+
+
 def beyond_many_steps(name):
-    """One step over the best of as many steps as there are, less one."""
+    """One step over the teacher's many by the better solver, less one.
+
+    Not over less than the floor: draws that are nearer to a set of exact ones than
+    another such set are too narrow, and no better.
+    """
 
     def number(one, method):
         first = value_of(one(method, 1), name)
-        values = [value_of(one(m, None), name) for m in (method, *TEACHERS)]
+        values = [value_of(one(teacher, None), name) for teacher in TEACHERS]
         known = [v for v in values if v is not None]
         if first is None or not known:
             return None
-        return first / min(known) - 1 if math.isfinite(first) else math.inf
+        many = max(min(known), 1.0)
+        return first / many - 1 if math.isfinite(first) else math.inf
 
     return number
+
+
+def break_even(one, method):
+    """Draws from which on training and drawing together take fewer network calls."""
+    names = ("all_network_evaluations", "calls_per_draw")
+    own = [value_of(one(method, 1), name) for name in names]
+    teacher = [value_of(one("teacher", None), name) for name in names]
+    if None in own or None in teacher:
+        return None
+    return max((own[0] - teacher[0]) / (teacher[1] - own[1]), 0.0)
 
 
 def share_of_calls(one, method):
@@ -209,12 +236,13 @@ AIMS = (
     Aim("ionosphere", "sd error", 0.1, size_of("flow_sd_error")),
     Aim("lgcp_whitened", "mean error of the field", 0.05, size_of("flow_field_error")),
     Aim("lgcp_whitened", "sd error", 0.15, size_of("flow_sd_error")),
-    Aim("gmm9 mw54 drawn_image", LOG_Z, 0.05, size_of("log_z_error", FEW)),
-    Aim("funnel_hard mw52", LOG_Z, 0.2, size_of("log_z_error", FEW)),
+    Aim("gmm9 mw54 drawn_image", LOG_Z, 0.05, log_z_error),
+    Aim("funnel_hard mw52", LOG_Z, 0.2, log_z_error),
     Aim("ionosphere", "ELBO gap, 1 to 8 steps", 1.0, size_of("elbo_gap", FEW)),
     Aim("lgcp_whitened", "ELBO gap, 1 to 8 steps", None, size_of("elbo_gap", FEW)),
     Aim(ALL, "network calls over the teacher's", 0.01, share_of_calls),
     Aim(ALL, "wall time over the teacher's", 0.02, share_of_time),
+    Aim(ALL, "draws to break even with the teacher", None, break_even),
 )
 
 
@@ -252,6 +280,10 @@ def verdict(values, limit):
         return "-"
     mean, largest = float(np.mean(values)), max(values)
     said = f"{mean:.3f} ({largest:.3f})"
+    if largest >= 1_000 and math.isfinite(largest):
+        said = f"{mean:.1e} ({largest:.1e})"
+    if len(values) < LEAST_SEEDS:
+        said += f" of {len(values)} seeds"
     if limit is None:
         return said
     holds = "yes" if largest <= limit else "in the mean" if mean <= limit else "no"
@@ -332,7 +364,7 @@ QUALITY = {  # what a target is looked at for
     "ionosphere": ("flow_sd_error", "sd error"),
     "lgcp_whitened": ("flow_field_error", "error of the field"),
 }
-USUAL = ("flow_w2_ratio", "W2 / floor")
+USUAL = ("w2_ratio", "W2 / floor")
 
 
 def plot(args):
@@ -435,7 +467,8 @@ def by_cost(axes, rows, target):
 
 
 def cloud(axes, folder, target):
-    """Draws in one step below exact ones, in the first two coordinates."""
+    """Draws in one step below exact ones: two coordinates, or one whole field."""
+    is_field = target.startswith("lgcp")
     exact, beside = ds.targets.by_name(target).sample, folder / f"{target}_nuts.npy"
     true = np.load(beside)[:2_000] if beside.exists() else None
     if exact is not None:
@@ -444,9 +477,12 @@ def cloud(axes, folder, target):
         axis.set_ylabel(name)
         files = sorted(pathlib.Path(folder).glob(f"{target}_{name}_[0-9]*_1.npy"))
         x = np.load(files[0]) if files else true if name == "truth" else None
-        if x is not None:
+        if x is not None and is_field:
+            field = np.asarray(ds.targets.by_name(target).constrain(x[0]))
+            axis.imshow(field.reshape(math.isqrt(len(field)), -1))
+        elif x is not None:
             axis.plot(*x[:, :2].T, ".", markersize=1)
-        if true is not None:
+        if true is not None and not is_field:
             low, high = np.quantile(true[:, :2], [0.002, 0.998], axis=0)
             margin = 0.15 * (high - low)
             low, high = low - margin, high + margin

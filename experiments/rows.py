@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.metadata
 import json
 import os
 import pathlib
 import platform
+import subprocess
 
 import jax
 import numpy as np
@@ -118,13 +120,25 @@ def dumps(row, indent=None):
 
 
 def environment(packages=()):
-    """Versions, of further packages too, and device."""
+    """Versions, of further packages too, commit and device."""
     names = (*PACKAGES, *packages)
     return {
         "versions": {name: importlib.metadata.version(name) for name in names},
+        "commit": _commit(),
         "python": platform.python_version(),
         "device": f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores",
     }
+
+
+@functools.cache
+def _commit():
+    """Of the code beside this file; None where there is no repository."""
+    command = ["git", "-C", pathlib.Path(__file__).parent, "describe", "--always"]
+    try:
+        done = subprocess.run([*command, "--dirty"], capture_output=True, text=True)
+    except OSError:
+        return None
+    return done.stdout.strip() or None
 
 
 def described(row):

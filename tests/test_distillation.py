@@ -18,6 +18,7 @@ from gaussian_flow import (
 from tables import LOG_Z, SMALL, batch_of_paths, counting_energy, skewed_energy
 
 import diffsamp as ds
+from diffsamp.objectives.teachers import check_pair
 
 KEY = jax.random.key(0)
 SCHEDULE = ds.schedules.geometric(0.1)
@@ -255,6 +256,11 @@ def exact_flow(ys):
     return jax.vmap(lambda y: moved(SCHEDULE, y, 0.0, 1.0))(ys)
 
 
+def test_a_scale_for_all_is_that_of_each():
+    teacher = ds.samplers.scds(2, 4, scale=1.5)
+    check_pair(teacher, ds.samplers.scds(2, 2, scale=(1.5, 1.5)))
+
+
 TRAINED = jax.tree.map(lambda leaf: leaf + 0.1, teacher_of(FREE, 8).init(KEY))
 
 
@@ -271,18 +277,22 @@ TRAINED = jax.tree.map(lambda leaf: leaf + 0.1, teacher_of(FREE, 8).init(KEY))
             "the same schedule",
         ),
         ("progressive", teacher_of(FREE, 4, loc=0.0), "the same loc"),
-        ("progressive", ds.samplers.scds(3, 4), "the same dim, got 2 and 3"),
-        ("consistency", ds.samplers.cdds(3), "the same dim, got 2 and 3"),
-        ("continuous", student_of(condition_dim=1), "same condition_dim, got 0 and 1"),
+        (
+            "progressive",
+            ds.samplers.scds(3, 4),
+            "same dim, got 2 of the teacher and 3 of",
+        ),
+        ("consistency", ds.samplers.cdds(3), "same dim, got 2 of .* build the student"),
+        ("continuous", student_of(condition_dim=1), "same condition_dim, got 0 of"),
         (
             "progressive",
             teacher_of(FREE, 4, condition_dim=1),
-            "the same condition_dim, got 0 and 1",
+            "the same condition_dim, got 0 of the teacher and 1",
         ),
         (
             "progressive",
             teacher_of(FREE, 4, process=ds.processes.EulerVariancePreserving),
-            "same kind of process, got 'VariancePreserving' and 'EulerVariance",
+            "same kind of process, got 'VariancePreserving' of .* and 'EulerVariance",
         ),
         ("progressive", ds.samplers.pis(2, 4), "PinnedBrownian has no probability"),
         ("consistency", student_of(FREE), "must predict x itself at t = 1"),

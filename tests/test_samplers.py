@@ -409,6 +409,15 @@ def test_names_in_place_of_parts(bad, match):
         ds.samplers.dis(2, 4, **bad)
 
 
+@pytest.mark.parametrize("name", ["data_prediction", "mixture_guided"])
+def test_a_network_for_another_schedule_is_named(name):
+    """It would take other steps than it is documented to take."""
+    given = {"data_prediction": (), "mixture_guided": (3,)}[name]
+    network = getattr(ds.networks, name)(*given, ds.schedules.geometric(0.05))
+    with pytest.raises(ValueError, match="generation must have the schedule of the sa"):
+        ds.samplers.dis(2, 4, schedule=ds.schedules.geometric(0.1), network=network)
+
+
 def test_bad_step_count_is_named():
     with pytest.raises(ValueError, match="num_steps must be at least 1"):
         SAMPLERS["dis"]().with_num_steps(0)

@@ -60,7 +60,9 @@ def data_prediction(
     """A step-conditioned network that predicts the end of the path; no energy.
 
     Args:
-        schedule: the sampler's noise schedule; it must take JAX times.
+        schedule: the sampler's noise schedule; it must take JAX times. Exponential
+            steps lead to the predicted end, those of
+            `processes.EulerVariancePreserving` do not.
         width: hidden width.
         depth: hidden layers.
         learn_variance: whether it also returns log-variances, see `Control`.

@@ -21,8 +21,11 @@ With ``d tau = d log alpha^2`` and c_T the teacher's control, ``v = (d tau / dt)
 2`` in unit coordinates (`solvers`). States are last states of the batch, noised by the
 process to the start t of a step of the teacher's grid (to a thousandth instead of 0,
 where noise schedules have no slope to speak of): no path is integrated, and states are
-as good as the behaviour's. One energy gradient per row where the teacher looks at
-scores.
+as good as the behaviour's. At t = 0 itself, from where a student draws in one step, it
+is so trusted to be about as it is a thousandth later, when the process has kept alpha
+of the target's mean, 0.08 with `schedules.geometric(0.05)`: where the reference is off
+the target's centre the ends are, by as much of that distance. One energy gradient per
+row where the teacher looks at scores.
 """
 
 from __future__ import annotations

@@ -4,7 +4,8 @@
 
 so that ``loss = KL(generation paths || destruction paths of the target) - log Z``:
 minus the ELBO. Zhang and Chen 2022, eq. 9; Vargas et al. 2023. Only on-policy paths
-make sense. The simulation is rematerialised: memory grows like sqrt(K). Mode-seeking.
+make sense. The simulation is rematerialised: beside the scores that the networks were
+shown, 2 sqrt(K) states and one step's activations are held at a time. Mode-seeking.
 """
 
 from __future__ import annotations

@@ -50,6 +50,10 @@ def check_pair(teacher: Sampler, student: Sampler) -> None:
     """
     same = ("dim", "condition_dim", "loc", "scale")
     pairs = [(name, getattr(teacher, name), getattr(student, name)) for name in same]
+    for i, (name, *both) in enumerate(pairs):
+        if teacher.dim == student.dim and name in ("loc", "scale"):
+            numbers = (np.broadcast_to(v, (teacher.dim,)).tolist() for v in both)
+            pairs[i] = (name, *numbers)
     a, b = teacher.process, student.process
     of_a, of_b = (getattr(process, "schedule", None) for process in (a, b))
     pairs.append(("schedule", of_a, of_b))
@@ -58,8 +62,9 @@ def check_pair(teacher: Sampler, student: Sampler) -> None:
     for name, of_teacher, of_student in pairs:
         if of_teacher != of_student:
             raise ValueError(
-                f"teacher and student must have the same {name}, got {of_teacher!r} "
-                f"and {of_student!r}"
+                f"teacher and student must have the same {name}, got {of_teacher!r} of "
+                f"the teacher and {of_student!r} of the student; build the student "
+                "with the teacher's"
             )
 
 

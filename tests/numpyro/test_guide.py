@@ -75,6 +75,19 @@ def test_the_elbo_is_that_of_the_paths(sampler):
     assert abs(found - draws.log_evidence.lower) < 4 * error
 
 
+def test_its_coordinates_are_those_of_the_target():
+    """So that what SVI trains moves a chain, too."""
+    svi, guide = svi_of()
+    svi.init(jax.random.key(0), DATA)
+    x = jnp.array([0.3, -1.0, 2.0])
+    target = target_from_model(model, (DATA,))
+    expected = target.energy(x)
+    np.testing.assert_allclose(guide.energy(DATA)(x), expected, rtol=1e-5)
+    np.testing.assert_allclose(
+        guide._unpack_latent(x)["loc"], target.constrain(x)["loc"], rtol=1e-6
+    )
+
+
 LOSSES = {
     "Trace_ELBO": Trace_ELBO(),
     "Trace_ELBO, 5 particles": Trace_ELBO(num_particles=5),
