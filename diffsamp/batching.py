@@ -52,13 +52,18 @@ def draw_final(
 ) -> Final:
     """Last states, weights and energies of ``num_draws`` paths, on the host."""
     blocks = blocks_of(batch_size, num_draws, mesh)
-    size, parts = blocks.total, []
+    size, parts, last = blocks.total, [], None
     given = params, key, as_energy(energy), _repeated(condition, size)
     given = meshes.put_everywhere(mesh, given)
     for start in range(0, num_draws, size):
         part = _draw_blocks(sampler, blocks, mesh, np.int32(start), *given)
-        keep = min(size, num_draws - start)
-        parts.append(jax.tree.map(lambda a, n=keep: np.asarray(a)[:n], part))
+        if last is not None:  # is copied while this one is computed
+            parts.append(jax.tree.map(np.asarray, last))
+        last = part
+    keep = num_draws - len(parts) * size
+    parts.append(jax.tree.map(lambda a: np.asarray(a)[:keep], last))
+    if len(parts) == 1:
+        return parts[0]
     return jax.tree.map(lambda *a: np.concatenate(a), *parts)
 
 
@@ -147,9 +152,9 @@ def blocks_of(batch_size: int | None, num_draws: int, mesh: Mesh | None) -> Bloc
     """
     num_devices = 1 if mesh is None else mesh.size
     if batch_size is None:
-        many = num_draws > BATCH and not meshes.on_cpu()
+        many = num_draws > BATCH and not meshes.on_cpu(mesh)
         batch_size = LARGE_BATCH if many else BATCH
-    if not meshes.on_cpu():
+    if not meshes.on_cpu(mesh):
         return Blocks(num_devices, -(-batch_size // num_devices))
     return Blocks(-(-batch_size // (BLOCK * num_devices)) * num_devices, BLOCK)
 

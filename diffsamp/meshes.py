@@ -166,9 +166,11 @@ def total(mesh: Mesh, tree: Tree) -> Tree:
     return jax.lax.psum(tree, mesh.axis_names)
 
 
-def on_cpu() -> bool:
-    """Whether arrays are on CPUs unless one says otherwise."""
-    return jax.default_backend() == "cpu"
+def on_cpu(mesh: Mesh | None = None) -> bool:
+    """Whether the devices of a mesh, or those of arrays without one, are CPUs."""
+    if mesh is None:
+        return jax.default_backend() == "cpu"
+    return mesh.devices.flat[0].platform == "cpu"
 
 
 def cores_of_device() -> int:

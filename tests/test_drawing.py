@@ -68,7 +68,7 @@ def test_fields(wide):
 
 def test_other_devices_take_whole_batches(wide, monkeypatch):
     """Not blocks of few rows, one after the other; the draws are the same."""
-    monkeypatch.setattr(ds.meshes, "on_cpu", lambda: False)
+    monkeypatch.setattr(ds.meshes, "on_cpu", lambda mesh: False)
     few, many = (ds.batching.blocks_of(None, n, None) for n in (1_000, 4_000))
     assert few == (1, ds.batching.BATCH)
     assert many == (1, ds.batching.LARGE_BATCH)
