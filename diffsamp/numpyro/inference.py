@@ -43,7 +43,7 @@ from diffsamp.drawing import Draws
 from diffsamp.energies import as_key
 from diffsamp.numpyro import pilots, recipe
 from diffsamp.numpyro.arviz import to_arviz
-from diffsamp.numpyro.coordinates import log_dets_of, to_y
+from diffsamp.numpyro.coordinates import log_dets_of, to_x, to_y
 from diffsamp.numpyro.fitted import (
     Fitted,
     fitted,
@@ -362,6 +362,8 @@ class DiffusionSampler:
     def kernel(self, **options: Any) -> DiffusionKernel:
         """A kernel for ``MCMC`` with the trained sampler as its global move.
 
+        Its chains start from points of the probe.
+
         Args:
             **options: of `DiffusionKernel`: ``num_proposals``, ``local_kernel``.
 
@@ -369,11 +371,14 @@ class DiffusionSampler:
             RuntimeError: before training.
         """
         state = self._trained()
+        coordinates, found = state.target.coordinates, state.probe or state.pilot
+        assert coordinates is not None
         return DiffusionKernel(
             state.sampler,
             state.params,
             self.model,
-            coordinates=state.target.coordinates,
+            coordinates=coordinates,
+            starts=to_x(coordinates, found.x),
             init_strategy=self._init_strategy,
             **options,
         )

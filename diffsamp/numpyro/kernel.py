@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.flatten_util import ravel_pytree
 from numpyro import handlers
 from numpyro.distributions import biject_to
@@ -38,7 +39,7 @@ from diffsamp.energies import as_key
 from diffsamp.numpyro.coordinates import Coordinates, energy_in
 from diffsamp.numpyro.target import undetermined
 from diffsamp.sampler import Sampler
-from diffsamp.types import Array, Params, PyTree, as_count
+from diffsamp.types import Array, ArrayLike, Params, PyTree, as_count
 
 NUM_STARTS = 64
 
@@ -85,16 +86,20 @@ class DiffusionKernel(MCMCKernel):
             `refresh`: HMC, NUTS and what is built of them have it.
         coordinates: the map from the sampler's coordinates to the unconstrained ones,
             where it was trained in others (`DiffusionSampler` does).
-        init_strategy: as in NumPyro; for the local kernel's and the model's set-up. A
-            chain itself starts at one of 64 draws of the sampler, picked by weight.
+        starts: points [M, D] in unconstrained coordinates, found without the sampler;
+            None for its own draws. A chain starts from one of 64, picked by the weight
+            of its path: if one lies where the sampler has too little, from there, so
+            that chains which cannot get away disagree with the others, and R-hat shows
+            it (`DiffusionSampler` gives its probe).
+        init_strategy: as in NumPyro; for the local kernel's and the model's set-up.
 
     Raises:
         ValueError: when not exactly one of model and potential_fn is given,
             num_proposals is below 1, the sampler has no valid weights, params are not
-            its own, or local_kernel is of another model or potential or cannot be moved
-            to another point; in `init` when the sampler's dimension or a start is not
-            that of the model, and in a block of Gibbs where the support of a site
-            depends on other sites.
+            its own, starts are not finite points [M, D], or local_kernel is of another
+            model or potential or cannot be moved to another point; in `init` when the
+            sampler's dimension or a start is not that of the model, and in a block of
+            Gibbs where the support of a site depends on other sites.
 
     Example:
         >>> import jax, jax.numpy as jnp, diffsamp as ds
@@ -122,6 +127,7 @@ class DiffusionKernel(MCMCKernel):
         num_proposals: int = 1,
         local_kernel: MCMCKernel | None = None,
         coordinates: Coordinates | None = None,
+        starts: ArrayLike | None = None,
         init_strategy: Callable = init_to_uniform,
     ):
         if (model is None) == (potential_fn is None):
@@ -132,7 +138,16 @@ class DiffusionKernel(MCMCKernel):
         sampler.check_params(params)
         if local_kernel is not None:
             _check_local(local_kernel, model, potential_fn)
+        if starts is not None:
+            starts = np.asarray(starts)
+            is_right = starts.ndim == 2 and starts.shape[1] == sampler.dim
+            if not (is_right and len(starts) and np.all(np.isfinite(starts))):
+                raise ValueError(
+                    f"starts must be finite points [M, {sampler.dim}] in unconstrained "
+                    f"coordinates, got shape {list(starts.shape)}"
+                )
         self._sampler = sampler
+        self._starts = starts
         self._params = params
         self._model = model
         self._potential_fn = potential_fn
@@ -387,6 +402,13 @@ class DiffusionKernel(MCMCKernel):
         log_weight = jnp.where(jnp.isnan(log_weight), -jnp.inf, log_weight)
         return x, log_weight, jax.vmap(self._in_z)(final.energy, y)
 
+    def _traced(self, key, energy, num):
+        """Some of the given starts, and log-weights of paths traced back from them."""
+        for_points, for_paths = jax.random.split(key)
+        points = jax.random.choice(for_points, jnp.asarray(self._starts), (num,))
+        trace = jax.vmap(lambda key, x: self._trace(key, energy, x)[0])
+        return points, trace(jax.random.split(for_paths, num), points)
+
     def _trace(self, key, energy, x):
         """Log-weight of a path drawn backwards from x, and the energy of x."""
         y = x if self._coordinates is None else self._coordinates.inverse(x)
@@ -404,7 +426,10 @@ class DiffusionKernel(MCMCKernel):
     def _start(self, potential, unravel, key, init_params):
         key_next, for_start, for_path, for_pick = jax.random.split(as_key(key), 4)
         if init_params is None:
-            points, log_weight, _ = self._draw(for_start, potential, NUM_STARTS)
+            if self._starts is None:
+                points, log_weight, _ = self._draw(for_start, potential, NUM_STARTS)
+            else:
+                points, log_weight = self._traced(for_start, potential, NUM_STARTS)
             flat = points[jax.random.categorical(for_pick, log_weight)]
         else:
             flat = ravel_pytree(init_params)[0]

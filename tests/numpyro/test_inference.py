@@ -13,7 +13,8 @@ import numpyro.distributions as dist
 import optax
 import pytest
 import scipy.stats
-from numpyro.infer import MCMC, NUTS, Predictive
+from numpyro.diagnostics import split_gelman_rubin
+from numpyro.infer import HMC, MCMC, NUTS, Predictive
 
 import diffsamp as ds
 from diffsamp.numpyro import DiffusionSampler, pilots
@@ -111,6 +112,42 @@ def test_several_modes_are_started_from_a_mixture(monkeypatch):
     )
     made.fit(jax.random.key(2), 20, state=state, progress_bar=False)
     assert made.state.pilot is pilot
+
+
+def rotated_funnel():
+    """Along a diagonal, by a factor: there is no site to decentre."""
+    prior = dist.Normal(0.0, 20.0).expand([6]).to_event(1)
+    x = numpyro.sample("x", prior)
+    z = x - x.sum() / 3  # a reflection
+    v = numpyro.deterministic("v", z[0])
+    log_density = dist.Normal(0.0, 3.0).log_prob(v)
+    log_density += dist.Normal(0.0, jnp.exp(v / 2)).log_prob(z[1:]).sum()
+    numpyro.factor("funnel", log_density - prior.log_prob(x))
+
+
+@pytest.mark.slow
+def test_of_a_geometry_that_is_too_hard_the_verdict_says_so(monkeypatch):
+    """And chains with the sampler in them are right, or disagree."""
+    monkeypatch.setattr("diffsamp.numpyro.inference.MOST_DRAWS", 20_000)
+    made = small(rotated_funnel)
+    made.run(jax.random.key(0), 1_000, progress_bar=False)
+    assert not made.diagnostics.verdict.startswith("trust")
+    local = HMC(rotated_funnel, trajectory_length=1.0)
+    kernel = made.kernel(num_proposals=8, local_kernel=local)
+    mcmc = MCMC(
+        kernel,
+        num_warmup=500,
+        num_samples=4_000,
+        num_chains=4,
+        chain_method="vectorized",
+        progress_bar=False,
+    )
+    mcmc.run(jax.random.key(1))
+    v = np.asarray(mcmc.get_samples(group_by_chain=True)["v"])
+    parts = v.reshape(-1, 500)
+    error = parts.mean(axis=1).std(ddof=1) / np.sqrt(len(parts))
+    is_right = abs(v.mean()) < 4 * error and abs(v.std() / 3.0 - 1) < 0.2
+    assert is_right or split_gelman_rubin(v) > 1.01
 
 
 def test_moved_points_stay_in_the_posterior():

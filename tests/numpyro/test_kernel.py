@@ -427,6 +427,20 @@ def test_starts_may_be_given():
     np.testing.assert_allclose(state.potential_energy, expected, rtol=1e-5)
 
 
+def test_chains_start_where_the_sampler_has_too_little():
+    """Of points found without it; so chains that all lack a mode are not agreed."""
+
+    def two(x):
+        return -jnp.logaddexp(-0.5 * jnp.sum(x**2), -0.5 * jnp.sum((x - 30.0) ** 2))
+
+    points = np.concatenate([np.zeros((90, 2)), np.full((10, 2), 30.0)])
+    keys = jax.random.split(jax.random.key(0), 4)
+    lost = DiffusionKernel(*untrained(), potential_fn=two)
+    assert np.all(np.abs(lost.init(keys, 0).z) < 15)
+    found = DiffusionKernel(*untrained(), potential_fn=two, starts=points)
+    np.testing.assert_array_equal(found.init(keys, 0).z, 30.0)
+
+
 def test_a_bad_start_is_left():
     """From a point without density every proposal is better."""
     kernel = DiffusionKernel(
@@ -512,6 +526,7 @@ def test_gibbs_with_supports_that_move():
         ({}, "either model or potential_fn"),
         ({"potential_fn": skewed, "num_proposals": 0}, "at least 1, got 0"),
         ({"potential_fn": skewed, "num_proposals": 2.0}, "an integer, got 2.0"),
+        ({"potential_fn": skewed, "starts": np.ones(2)}, r"starts must .* shape \[2\]"),
         ({"potential_fn": skewed, "local_kernel": 3}, "local_kernel .* got int"),
         ({"model": model, "local_kernel": BarkerMH(model)}, "moved to .* BarkerMH"),
         ({"model": model, "local_kernel": NUTS(skewed)}, "the same model.*skewed"),
