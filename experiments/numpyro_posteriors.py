@@ -177,7 +177,7 @@ def run_chains(kernel, posterior, target, key, fields, num_warmup, compilation):
     row |= errors(posterior, flat)
     if "num_steps" in found:  # a gradient each
         row["gradients"] = gradients + int(found["num_steps"].sum())
-        row["divergences"] = int(found["diverging"].sum())
+    row["divergences"] = int(found["diverging"].sum())
     if "accept_prob" in found:
         row["accept_prob"] = float(found["accept_prob"].mean())
     if posterior.modes is not None:
@@ -211,16 +211,17 @@ def run(args):
                 **options,
             )
             row = {"name": name, "seed": seed, "sampler": sampler, "nuts": nuts}
-            local = None
+            local, num_proposals = None, 8
             if not sampler["verdict"].startswith("trust"):
                 local = HMC(posterior.model, trajectory_length=1.0)
-            kernel = inference.kernel(num_proposals=8, local_kernel=local)
+                num_proposals = 64  # find what eight would not, in chains this short
+            kernel = inference.kernel(num_proposals=num_proposals, local_kernel=local)
             row["kernel"] = run_chains(
                 kernel,
                 posterior,
                 target,
                 for_kernel,
-                ("accept_prob",),
+                ("accept_prob", "diverging"),
                 **options,
             )
             append(args.out, row)
@@ -231,8 +232,8 @@ def won(row):
     """Whether the sampler's answer is right, within the limits above."""
     good = not row["misses"] and row["pareto_k"] < 0.7
     if row.get("log_z_error") is not None:
-        error = row["log_z_error"]
-        good &= abs(error) <= LOG_Z and abs(error) <= 3 * row["log_z_standard_error"]
+        error, bar = abs(row["log_z_error"]), row["log_z_standard_error"]
+        good &= bar is not None and error <= min(LOG_Z, 3 * bar)
     if row.get("mode_error") is not None:
         good &= row["mode_error"] <= MODE
     return bool(good)
@@ -334,6 +335,7 @@ def _kernels(groups):
             _seconds(group, "kernel"),
             spread(group, "kernel", "accept_prob", "{:.2f}", worst=min),
             spread(group, "kernel", "max_rhat"),
+            spread(group, "kernel", "divergences", "{:.0f}"),
             spread(group, "kernel", "jumps_per_1000", "{:.0f}", worst=min),
             *(
                 spread(group, "kernel", error, "{:.2f}")
@@ -342,8 +344,9 @@ def _kernels(groups):
         ]
         for name, group in groups.items()
     ]
-    heads = ["posterior", "seconds", "accepted", "R-hat", "mode jumps in 1,000"]
-    return markdown([*heads, "mean", "sd", "mode weight"], body)
+    heads = ["posterior", "seconds", "accepted", "R-hat", "divergences"]
+    heads += ["mode jumps in 1,000", "mean", "sd", "mode weight"]
+    return markdown(heads, body)
 
 
 def _misses(rows):
