@@ -940,6 +940,7 @@ def _table_of_quality(rows):
             (
                 *key,
                 count + (f", {diverged} diverged" if diverged else ""),
+                sum((r.get("verdict") or "").startswith("trust") for r in members),
                 f"{np.median(seconds):.0f} ({max(seconds):.0f})",
                 f"{np.median(energies):.1f}" if energies else "-",
                 f"{max(eubo):.2f}" if eubo else "-",
@@ -947,7 +948,7 @@ def _table_of_quality(rows):
             )
         )
     header = "target,objective,batch,learning rate,cores,reached"
-    header = [*header.split(","), "seconds: median (worst)", "M energies"]
+    header = [*header.split(","), "trust", "seconds: median (worst)", "M energies"]
     header += ["worst EUBO gap", "worst mode TV"]
     _print_table("Time to quality", header, lines)
 

@@ -1178,7 +1178,7 @@ def test_table_of_speed(tmp_path, arguments, capsys):
     rows += [_speed_row("profile", target="gmm25", **profile, **metrics)]
     rows += [_speed_row("profile", target="funnel", **profile)]  # measured before
     quality = {"objective": "reverse_kl", "batch_size": 8, "learning_rate": 0.1}
-    quality |= {"eubo_gap": 0.25, "mode_tv": None, "cores": 1}
+    quality |= {"eubo_gap": 0.25, "mode_tv": None, "cores": 1, "verdict": "trust"}
     runs = [("gmm9", 3.0, True), ("gmm9", 5.0, True), ("gmm9", 60.0, False)]
     rows += [
         _speed_row(
@@ -1189,7 +1189,7 @@ def test_table_of_speed(tmp_path, arguments, capsys):
     rows += [
         _speed_row("quality", target="mw54", seconds=7.0, reached=False, **quality)
     ]
-    rows[-1] |= {"energies": 7e6, "eubo_gap": None, "diverged": True}
+    rows[-1] |= {"energies": 7e6, "eubo_gap": None, "diverged": True, "verdict": None}
     out.write_text("".join(json.dumps(row) + "\n" for row in rows))
     peer = {"workload": "gmm25 log_variance vsm", "peer": "other", "cpu_ms": 200.0}
     peers.write_text(json.dumps(peer) + "\n" + json.dumps(peer | {"cpu_ms": 400.0}))
@@ -1219,8 +1219,8 @@ def test_table_of_speed(tmp_path, arguments, capsys):
     assert "| gmm25 | 1 | 10 | 1 | 500,000 | 250.0 | 500.0 |" in said
     assert "| gmm25, 2-D | log_variance | A100 | 7 | 8 | 100 |" in said
     assert "| 50% | - | - | 800 |" in said
-    assert "| 1 | 2 of 3 | 5 (inf) | 4.0 | 0.25 | - |" in said
-    assert "| 1 | 0 of 2, 1 diverged | inf (inf) | - | 0.25 | - |" in said
+    assert "| 1 | 2 of 3 | 3 | 5 (inf) | 4.0 | 0.25 | - |" in said
+    assert "| 1 | 0 of 2, 1 diverged | 1 | inf (inf) | - | 0.25 | - |" in said
 
 
 def test_quality_of_a_run_that_diverges(monkeypatch):
