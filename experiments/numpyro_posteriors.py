@@ -25,7 +25,7 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 from numpyro.diagnostics import split_gelman_rubin
-from numpyro.infer import HMC, MCMC, NUTS
+from numpyro.infer import MCMC, NUTS
 from rows import (
     add_reader,
     add_runner,
@@ -41,7 +41,7 @@ from rows import (
 
 import diffsamp as ds
 from diffsamp import posteriors
-from diffsamp.numpyro import DiffusionSampler
+from diffsamp.numpyro import DiffusionSampler, RandomStepNUTS
 from diffsamp.numpyro.coordinates import to_x
 
 MEAN, SD, LOG_Z, MODE = 0.1, 0.1, 0.1, 0.05
@@ -213,7 +213,7 @@ def run(args):
             row = {"name": name, "seed": seed, "sampler": sampler, "nuts": nuts}
             local, num_proposals = None, 8
             if not sampler["verdict"].startswith("trust"):
-                local = HMC(posterior.model, trajectory_length=1.0)
+                local = RandomStepNUTS(posterior.model)
                 num_proposals = 64  # find what eight would not, in chains this short
             kernel = inference.kernel(num_proposals=num_proposals, local_kernel=local)
             row["kernel"] = run_chains(

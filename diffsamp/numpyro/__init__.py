@@ -17,5 +17,6 @@ from diffsamp.numpyro.inference import DiffusionSampler as DiffusionSampler
 from diffsamp.numpyro.inference import Trained as Trained
 from diffsamp.numpyro.kernel import DiffusionKernel as DiffusionKernel
 from diffsamp.numpyro.kernel import DiffusionKernelState as DiffusionKernelState
+from diffsamp.numpyro.random_step import RandomStepNUTS as RandomStepNUTS
 from diffsamp.numpyro.target import ModelTarget as ModelTarget
 from diffsamp.numpyro.target import target_from_model as target_from_model

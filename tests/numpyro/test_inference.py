@@ -14,10 +14,10 @@ import optax
 import pytest
 import scipy.stats
 from numpyro.diagnostics import split_gelman_rubin
-from numpyro.infer import HMC, MCMC, NUTS, Predictive
+from numpyro.infer import MCMC, NUTS, Predictive
 
 import diffsamp as ds
-from diffsamp.numpyro import DiffusionSampler, pilots
+from diffsamp.numpyro import DiffusionSampler, RandomStepNUTS, pilots
 from diffsamp.numpyro.agreement import PRECISE, imprecision
 from diffsamp.numpyro.verdicts import checked
 from diffsamp.types import Target
@@ -132,7 +132,7 @@ def test_of_a_geometry_that_is_too_hard_the_verdict_says_so(monkeypatch):
     made = small(rotated_funnel)
     made.run(jax.random.key(0), 1_000, progress_bar=False)
     assert not made.diagnostics.verdict.startswith("trust")
-    local = HMC(rotated_funnel, trajectory_length=1.0)
+    local = RandomStepNUTS(rotated_funnel, max_tree_depth=6)
     kernel = made.kernel(num_proposals=8, local_kernel=local)
     mcmc = MCMC(
         kernel,

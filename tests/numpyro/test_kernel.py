@@ -21,6 +21,7 @@ from diffsamp.numpyro import (
     Affine,
     Bent,
     DiffusionKernel,
+    RandomStepNUTS,
     target_from_model,
 )
 
@@ -136,8 +137,8 @@ class Stale(DiffusionKernel):
         return state
 
 
-def _with_local(cls):
-    local = short_hmc(potential_fn=skewed)
+def _with_local(cls, local=None):
+    local = local or short_hmc(potential_fn=skewed)
     kernel = cls(*untrained(), potential_fn=skewed, local_kernel=local)
     mcmc, go = run(kernel, 20_000, num_chains=4, chain_method="vectorized")
     go()
@@ -147,6 +148,25 @@ def _with_local(cls):
 @pytest.mark.slow
 def test_local_moves_leave_it_exact():
     check_moments(_with_local(DiffusionKernel))
+
+
+@pytest.mark.slow
+def test_steps_of_random_size_leave_it_exact():
+    local = RandomStepNUTS(potential_fn=skewed, smallest=0.1, max_tree_depth=3)
+    check_moments(_with_local(DiffusionKernel, local))
+
+
+def test_steps_of_random_size_are_drawn_after_warm_up():
+    kernel = RandomStepNUTS(potential_fn=skewed)
+    mcmc, go = run(kernel, 200, num_warmup=100, num_chains=2, chain_method="vectorized")
+    go(init_params=jnp.zeros((2, 2)), extra_fields=("adapt_state.step_size",))
+    sizes = mcmc.get_extra_fields()["adapt_state.step_size"]
+    assert len(np.unique(sizes)) == 2  # adapted, and kept, of either chain
+    x = np.asarray(mcmc.get_samples(group_by_chain=True))
+    moves = np.log(np.linalg.norm(np.diff(x, axis=1), axis=-1) + 1e-6)
+    assert moves.std() > 1.0
+    with pytest.raises(ValueError, match="smallest must lie in"):
+        RandomStepNUTS(potential_fn=skewed, smallest=0.0)
 
 
 @pytest.mark.slow
