@@ -223,14 +223,6 @@ class Sampler:
                 f"schedule must come from diffsamp.schedules, got {schedule!r}; "
                 "schedules.cosine(), for one"
             )
-        for name in ("generation", "destruction"):
-            module = getattr(getattr(self, name), "module", None)
-            of_network = getattr(module, "schedule", schedule)
-            if of_network != schedule:
-                raise ValueError(
-                    f"the network of {name} must have the schedule of the sampler, "
-                    f"{schedule!r}, got one with {of_network!r}; give both the same"
-                )
         time_grid = getattr(self.process, "time_grid", None)
         if time_grid is not None and not callable(time_grid):
             raise ValueError(
@@ -258,6 +250,14 @@ class Sampler:
                 f"{self.prior!r}; take a variance-preserving process, such as that of "
                 "ds.samplers.gmp"
             )
+        for name in ("generation", "destruction"):
+            module = getattr(getattr(self, name), "module", None)
+            of_network = getattr(module, "schedule", schedule)
+            if of_network != schedule:
+                raise ValueError(
+                    f"the network of {name} must have the schedule of the sampler, "
+                    f"{schedule!r}, got one with {of_network!r}; give both the same"
+                )
 
     # -- what users call ------------------------------------------------------------
 
