@@ -274,11 +274,7 @@ def target_from_model(
     start = {site: jnp.asarray(z, dtype) for site, z in start.items()}
     initial, unravel = ravel_pytree(start)
 
-    latent = {
-        site: message
-        for site, message in info.model_trace.items()
-        if message["type"] == "sample" and not message["is_observed"]
-    }
+    latent = _latent_sites(info.model_trace)
     frozen = {
         site: message["value"]
         for site, message in info.model_trace.items()
@@ -402,12 +398,9 @@ def undetermined(key: Key, model: Callable, args: tuple, kwargs: dict) -> frozen
     """
     start = handlers.substitute(handlers.seed(model, key), substitute_fn=init_to_sample)
     trace = handlers.trace(start).get_trace(*args, **kwargs)
-    latent = {
-        site: message["value"]
-        for site, message in trace.items()
-        if message["type"] == "sample" and not message["is_observed"]
-    }
-    discrete = {s: v for s, v in latent.items() if trace[s]["fn"].support.is_discrete}
+    sites = _latent_sites(trace)
+    latent = {site: message["value"] for site, message in sites.items()}
+    discrete = {s: v for s, v in latent.items() if sites[s]["fn"].support.is_discrete}
     if not discrete:
         return frozenset()
 
@@ -418,6 +411,14 @@ def undetermined(key: Key, model: Callable, args: tuple, kwargs: dict) -> frozen
 
     found = eval_provenance(deterministic, **discrete)
     return frozenset(k for k, sources in found.items() if any(jax.tree.leaves(sources)))
+
+
+def _latent_sites(model_trace) -> dict[str, Any]:
+    return {
+        site: message
+        for site, message in model_trace.items()
+        if message["type"] == "sample" and not message["is_observed"]
+    }
 
 
 def subsampled_plates(model_trace) -> list[tuple[str, int, int]]:
@@ -452,12 +453,7 @@ def _explain(error, key, model, init_strategy, args, kwargs) -> None:
         return
     start = handlers.substitute(handlers.seed(model, key), substitute_fn=init_strategy)
     found = handlers.trace(start).get_trace(*args, **kwargs)
-    latent = {
-        site: message["value"]
-        for site, message in found.items()
-        if message["type"] == "sample" and not message["is_observed"]
-    }
-    latent = {site: jnp.asarray(value) for site, value in latent.items()}
+    latent = {s: jnp.asarray(m["value"]) for s, m in _latent_sites(found).items()}
     moving = {s: v for s, v in latent.items() if jnp.issubdtype(v.dtype, jnp.floating)}
 
     def log_prob(values, site):
