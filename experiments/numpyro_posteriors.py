@@ -1,6 +1,6 @@
 """DiffusionSampler on posteriors with known answers, default settings, beside NUTS.
 
-    python experiments/numpyro_posteriors.py run     # about 6 minutes a posterior, seed
+    python experiments/numpyro_posteriors.py run     # about 3 minutes a posterior, seed
     python experiments/numpyro_posteriors.py table
     python experiments/numpyro_posteriors.py run --names rotated_funnel --out FILE
     python experiments/numpyro_posteriors.py table FILE

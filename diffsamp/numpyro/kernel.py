@@ -37,7 +37,7 @@ from numpyro.util import is_prng_key
 
 from diffsamp.energies import as_key
 from diffsamp.numpyro.coordinates import Coordinates, energy_in
-from diffsamp.numpyro.target import undetermined
+from diffsamp.numpyro.target import latent_sites, undetermined
 from diffsamp.sampler import Sampler
 from diffsamp.types import Array, ArrayLike, Params, PyTree, as_count
 
@@ -336,9 +336,10 @@ class DiffusionKernel(MCMCKernel):
             model_kwargs=model_kwargs,
         )
         self._potential_fn_gen = info.potential_fn
-        self._transforms = _fixed_transforms(info.model_trace)
+        latent = latent_sites(info.model_trace)
+        self._transforms = _fixed_transforms(latent)
         self._without_value = frozenset()
-        if any(map(_is_discrete_latent, info.model_trace.values())):
+        if any(site["fn"].support.is_discrete for site in latent.values()):
             self._without_value = undetermined(
                 _fold(key, 3), self._model, model_args, model_kwargs
             )
@@ -518,15 +519,13 @@ def _check_local(local_kernel, model, potential_fn):
         )
 
 
-def _fixed_transforms(model_trace):
+def _fixed_transforms(latent):
     """From unconstrained sites to their supports, or None where these may move."""
     transforms = {}
-    for name, site in model_trace.items():
-        if site["type"] != "sample" or site["is_observed"]:
-            continue
-        if _is_discrete_latent(site):
-            continue
+    for name, site in latent.items():
         support = site["fn"].support
+        if support.is_discrete:
+            continue
         transforms[name] = biject_to(support)
         while support is not None:
             bounds = [getattr(support, f"{end}_bound", 0) for end in ("lower", "upper")]
@@ -534,11 +533,6 @@ def _fixed_transforms(model_trace):
                 return None
             support = getattr(support, "base_constraint", None)
     return transforms
-
-
-def _is_discrete_latent(site):
-    is_latent = site["type"] == "sample" and not site["is_observed"]
-    return is_latent and site["fn"].support.is_discrete
 
 
 def _identity(z):

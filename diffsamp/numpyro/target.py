@@ -274,7 +274,7 @@ def target_from_model(
     start = {site: jnp.asarray(z, dtype) for site, z in start.items()}
     initial, unravel = ravel_pytree(start)
 
-    latent = _latent_sites(info.model_trace)
+    latent = latent_sites(info.model_trace)
     frozen = {
         site: message["value"]
         for site, message in info.model_trace.items()
@@ -398,7 +398,7 @@ def undetermined(key: Key, model: Callable, args: tuple, kwargs: dict) -> frozen
     """
     start = handlers.substitute(handlers.seed(model, key), substitute_fn=init_to_sample)
     trace = handlers.trace(start).get_trace(*args, **kwargs)
-    sites = _latent_sites(trace)
+    sites = latent_sites(trace)
     latent = {site: message["value"] for site, message in sites.items()}
     discrete = {s: v for s, v in latent.items() if sites[s]["fn"].support.is_discrete}
     if not discrete:
@@ -413,7 +413,8 @@ def undetermined(key: Key, model: Callable, args: tuple, kwargs: dict) -> frozen
     return frozenset(k for k, sources in found.items() if any(jax.tree.leaves(sources)))
 
 
-def _latent_sites(model_trace) -> dict[str, Any]:
+def latent_sites(model_trace) -> dict[str, Any]:
+    """What a trace holds of sites that are sampled and not observed."""
     return {
         site: message
         for site, message in model_trace.items()
@@ -453,7 +454,7 @@ def _explain(error, key, model, init_strategy, args, kwargs) -> None:
         return
     start = handlers.substitute(handlers.seed(model, key), substitute_fn=init_strategy)
     found = handlers.trace(start).get_trace(*args, **kwargs)
-    latent = {s: jnp.asarray(m["value"]) for s, m in _latent_sites(found).items()}
+    latent = {s: jnp.asarray(m["value"]) for s, m in latent_sites(found).items()}
     moving = {s: v for s, v in latent.items() if jnp.issubdtype(v.dtype, jnp.floating)}
 
     def log_prob(values, site):
