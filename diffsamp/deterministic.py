@@ -342,7 +342,7 @@ def probability_flow(
             destruction is not learned but where `scds` learns it.
         solver: from `solvers`; the default takes `Sampler.flow_step`, which is what
             self-consistency trains. For a control without step conditioning take
-            ``solvers.dpm_solver()``.
+            ``solvers.linear_end()``.
 
     Raises:
         ValueError: when half of the sampler's control is no probability flow

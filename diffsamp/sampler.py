@@ -535,7 +535,8 @@ class Sampler:
     ) -> Array:
         """The control c of `flow_step` at the start of a step, [D], unit coordinates.
 
-        At the optimum, for short steps, c = score + y.
+        At the optimum ``c = (1 + d) / (2 d) (score + y)``, d the decay of the process
+        over the step, see `solvers`; for short steps score + y.
         """
         self.check_flow()
         y = self.unit(x)

@@ -1,17 +1,33 @@
 """Solvers of the probability flow of a variance-preserving process.
 
 With signal ``alpha^2 = alpha_bar(t)``, noise ``sigma^2 = 1 - alpha^2`` and the process'
-own time ``d tau = d log alpha^2``, a control c = score + y stands for the flow
+own time ``d tau = d log alpha^2``, the score stands for the flow
 
-    dy / d tau = c / 2,    or    d(y / sigma) / d(alpha / sigma) = x_hat,
-    x_hat = alpha y + (sigma^2 / alpha) c,
+    dy / d tau = (score + y) / 2,    or    d(y / sigma) / d(alpha / sigma) = x_hat,
+    x_hat = alpha y + (sigma^2 / alpha) (score + y),
 
 x_hat the expected end of the path. A solver takes K steps of it from the reference to
-the target in unit coordinates. `euler`, `heun` and `frozen` treat the first form, and
-stay well conditioned however little signal there is; `exponential` (DDIM; Song et al.
-2021, arXiv 2010.02502) and `dpm_solver` (DPM-Solver++(2M); Lu et al. 2022, arXiv
-2211.01095) the second, whose only approximation is that x_hat changes slowly. There
-noise is exactly zero at the end and x_hat is where they arrive.
+the target in unit coordinates.
+
+A sampler learns the means of K kernels ``N(d y + 2 (1 - d) c, 1 - d^2)``, with ``d =
+alpha / alpha'``. The best mean is the expected next state, and that is the mean for
+
+    c = (1 + d) / (2 d) (score + y),
+    x_hat = alpha y + 2 sigma^2 c / (alpha + alpha'):
+
+more than the score by a share of the order of a step, and in the first step, out of
+nearly nothing but noise, many times as much. Controls c are taken to be of this kind.
+
+`euler` and `heun` treat the first form; `exponential` (DDIM; Song et al. 2021, arXiv
+2010.02502) and `dpm_solver` (DPM-Solver++(2M); Lu et al. 2022, arXiv 2211.01095) the
+second, whose only approximation is that x_hat changes slowly. There noise is exactly
+zero at the end and x_hat is where they arrive. `frozen` moves by ``(1 - d) c``, half of
+what the control adds to the mean. `linear_end` takes two steps together and x_hat as
+linear in alpha over both; with what is above this is
+
+    y'' = y + b_0 c(y, t) + b_1 c(y', t'),    y' = y + (1 - d) c(y, t),
+
+exact where the target is the reference, or a point, and of second order otherwise.
 """
 
 from __future__ import annotations
@@ -81,6 +97,48 @@ class OneCallSolver:
 
 
 @dataclasses.dataclass(frozen=True)
+class LinearEnd:
+    """See `linear_end`."""
+
+    def num_calls(self, num_steps: int) -> int:
+        return num_steps
+
+    def __call__(self, control: ControlAt, grid: FlowGrid, y: Array) -> Array:
+        share = jnp.asarray(1 - grid.decay, y.dtype)
+        weights = (jnp.asarray(w, y.dtype) for w in pair_weights(grid))
+        num_pairs, rest = divmod(len(grid.decay), 2)
+
+        def pair(y, row):
+            k, first, second = row
+            now = control(k, y)
+            later = control(k + 1, y + share[k] * now)
+            return y + first * now + second * later, None
+
+        y, _ = jax.lax.scan(pair, y, (2 * jnp.arange(num_pairs), *weights))
+        if rest:
+            last = jnp.asarray(2 * num_pairs)
+            y = y + share[last] * control(last, y)
+        return y
+
+
+def pair_weights(grid: FlowGrid) -> tuple[np.ndarray, np.ndarray]:
+    """``b_0`` and ``b_1`` of two steps together, [K // 2] each; see the module.
+
+    With ``y'' = keep y + A G + B (1 - keep)`` for ``x_hat = A + B alpha``, where
+    ``keep = sigma'' / sigma`` and ``G = alpha'' - alpha keep``. The factors on y add up
+    to 1.
+    """
+    ends = 2 * (len(grid.decay) // 2) + 1
+    now, then, end = (grid.alpha[i:ends:2][: ends // 2] for i in range(3))
+    keep = grid.sigma[2:ends:2] / grid.sigma[: ends - 1 : 2]
+    whole = end - now * keep
+    later = (1 - keep - now * whole) / (then - now)  # of x_hat at the second step
+    gain, share = _end_gain(grid)[: ends - 1], 1 - grid.decay[: ends - 1 : 2]
+    first = (whole - later) * gain[::2] + later * then * share
+    return first, later * gain[1::2]
+
+
+@dataclasses.dataclass(frozen=True)
 class Heun:
     """See `heun`."""
 
@@ -89,16 +147,17 @@ class Heun:
 
     def __call__(self, control: ControlAt, grid: FlowGrid, y: Array) -> Array:
         half = jnp.asarray(np.diff(np.log(grid.alpha)), y.dtype)  # of the step in tau
+        share = jnp.asarray(_score_share(grid), y.dtype)
 
         def step(y, row):
             k, half = row
-            first = control(k, y)
-            second = control(k + 1, y + half * first)
+            first = share[k] * control(k, y)
+            second = share[k + 1] * control(k + 1, y + half * first)
             return y + half * 0.5 * (first + second), None
 
         last = len(half) - 1
         y, _ = jax.lax.scan(step, y, (jnp.arange(last), half[:-1]))
-        return y + half[-1] * control(jnp.asarray(last), y)
+        return y + half[-1] * share[-1] * control(jnp.asarray(last), y)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,13 +175,13 @@ class DPMSolver:
         ratio[1:-1] = width[1:] / width[:-1] / 2  # to the middle of the step
         if len(keep) > 1:  # to its end, where there is no noise and the log is infinite
             ratio[-1] = noise[-2] ** 2 / (noise[-3] ** 2 - noise[-2] ** 2)
-        rows = (grid.alpha[:-1], grid.sigma[:-1], keep, gain, ratio)
+        rows = (grid.alpha[:-1], _end_gain(grid), keep, gain, ratio)
         rows = (jnp.arange(len(keep)), *(jnp.asarray(r, y.dtype) for r in rows))
 
         def step(carry, row):
             y, before = carry
-            k, alpha, sigma, keep, gain, ratio = row
-            end = alpha * y + sigma**2 / alpha * control(k, y)
+            k, alpha, end_gain, keep, gain, ratio = row
+            end = alpha * y + end_gain * control(k, y)
             y = keep * y + gain * (end + ratio * (end - before))
             return (y, end), None
 
@@ -135,8 +194,19 @@ def _of_end(grid):
     return keep, grid.alpha[1:] - grid.alpha[:-1] * keep
 
 
+def _score_share(grid: FlowGrid) -> np.ndarray:
+    """``(score + y) / c`` of the kernels' controls, [K]; see the module."""
+    return 2 * grid.alpha[:-1] / (grid.alpha[:-1] + grid.alpha[1:])
+
+
+def _end_gain(grid):
+    """Factor on c in x_hat, [K]."""
+    return 2 * grid.sigma[:-1] ** 2 / (grid.alpha[:-1] + grid.alpha[1:])
+
+
 def _euler(grid):
-    return np.ones(len(grid.alpha) - 1), np.diff(np.log(grid.alpha))
+    ones = np.ones(len(grid.alpha) - 1)
+    return ones, np.diff(np.log(grid.alpha)) * _score_share(grid)
 
 
 def _frozen(grid):
@@ -145,8 +215,7 @@ def _frozen(grid):
 
 def _exponential(grid):
     keep, gain = _of_end(grid)
-    alpha, sigma = grid.alpha[:-1], grid.sigma[:-1]
-    return keep + gain * alpha, gain * sigma**2 / alpha
+    return keep + gain * grid.alpha[:-1], gain * _end_gain(grid)
 
 
 def euler() -> OneCallSolver:
@@ -161,6 +230,16 @@ def frozen() -> OneCallSolver:
     process: the one to take with a step-conditioned control. First order.
     """
     return OneCallSolver(_frozen)
+
+
+def linear_end() -> LinearEnd:
+    """Two steps together, x_hat linear in alpha; second order, one call a step.
+
+    The one to take with a control that was trained at the same step count, or to teach
+    others (``second_order=True`` of the objectives that do). The last of an odd number
+    of steps is one of `frozen`.
+    """
+    return LinearEnd()
 
 
 def heun() -> Heun:

@@ -16,8 +16,9 @@ Every method is trained once per target and seed, and judged at all step counts:
 * `cdds`: distilled from the teacher of the same seed, with noise and way back fitted,
   and weighed, at 1, 2, 4 and 8 steps.
 
-`teacher_dpm` is the teacher drawn from by `dpm_solver`, which suits a control that was
-trained at one step count.
+Draws go along the flow, in pairs of steps (`linear_end`) where kernels are as trained
+and one by one where displacements are. `teacher_dpm` is the teacher drawn from by
+`dpm_solver`.
 
 `run` appends one JSON line per (target, method, seed, step count) to --out, keeps
 checkpoints and a few draws beside it, skips what is already there, and goes on where
@@ -78,6 +79,7 @@ class Cell:
     width: int = 64
     batch_size: int = 128
     huber: float | None = None
+    consistency: float = 10.0  # weight of self-consistency and of distillation
     coordinatewise: bool = False  # one network for all coordinates
     num_draws: int = 20_000  # five times as many in at most eight steps
     num_repeats: int = 10  # pairs of sets of points, for distances at both ends
@@ -115,7 +117,6 @@ CELLS = (
 )
 OPTIMIZER = optax.adam(2e-3)  # one object, so that seeds share what is compiled
 FEW_REPEATS = 3  # of distances between the ends
-CONSISTENCY = 10.0  # weight of self-consistency
 FEW_STEPS = 0.1  # weight of the divergence at few steps
 STUDENT_STEPS = (1, 2, 4, 8)  # at which the student's kernels are fitted
 NUM_TIMES = 18  # of the coarse grid of consistency distillation
@@ -157,14 +158,17 @@ def make_sampler(cell, method, dim):
 def make_objective(cell, method, teacher):
     o = ds.objectives
     if method == "cdds":
+        options = {"num_times": NUM_TIMES, "second_order": True}
+        consistency = o.consistency_distillation(*teacher, **options)
         return o.weighted_sum(
-            (o.consistency_distillation(*teacher, num_times=NUM_TIMES), CONSISTENCY),
+            (consistency, cell.consistency),
             (o.at_num_steps(jeffreys(), STUDENT_STEPS), FEW_STEPS),
         )
     log_variance = o.log_variance(huber=cell.huber)
     if method == "teacher":
         return log_variance
-    terms = [(log_variance, 1.0), (o.self_consistency(), CONSISTENCY)]
+    consistency = o.self_consistency(second_order=True)
+    terms = [(log_variance, 1.0), (consistency, cell.consistency)]
     if method == "any_step":
         fewer = tuple(k for k in STEPS if k < cell.num_steps)
         terms.append((o.at_num_steps(jeffreys(), fewer), FEW_STEPS))
@@ -307,8 +311,11 @@ def unweighted(method, sampler, params):
     if method == "cdds":
         alone = dataclasses.replace(sampler, destruction=None)
         return alone, {"generation": params["generation"]}
-    solvers = ds.solvers
-    solver = solvers.dpm_solver() if method == "teacher_dpm" else solvers.frozen()
+    solver = ds.solvers.frozen()
+    if method == "teacher_dpm":
+        solver = ds.solvers.dpm_solver()
+    elif sampler.finest in (None, sampler.num_steps):
+        solver = ds.solvers.linear_end()
     return ds.probability_flow(sampler, solver), params
 
 
@@ -507,7 +514,7 @@ def parallel(args):
             continue
         target = truth(cell.target).target
         sampler, params, _ = train(cell, method, seed, args)
-        flow, _ = unweighted(method, sampler, params)
+        flow = ds.probability_flow(sampler)
         for num_rows, num_blocks in wanted:
             key = jax.random.key(seed)
             found = in_parallel(key, flow, params, target, num_rows, num_blocks)

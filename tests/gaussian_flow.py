@@ -46,6 +46,20 @@ def score_control(schedule, sd=SD):
     return ds.networks.from_function(lambda key, dim: (), drift)
 
 
+def kernel_control(schedule, mean=MEAN, sd=SD):
+    """The control of the best kernels: their mean is the expected next state."""
+
+    def drift(params, y, t, context):
+        now, later = signal(schedule, t), signal(schedule, t + context.step_size)
+        decay = jnp.sqrt(now / later)
+        m, s = jnp.asarray(mean, y.dtype), jnp.asarray(sd, y.dtype)
+        shrink = (later * s**2 + 1 - later) / (now * s**2 + 1 - now)
+        expected = jnp.sqrt(later) * m + decay * shrink * (y - jnp.sqrt(now) * m)
+        return context.gain * (expected - decay * y) / (2 * (1 - decay))
+
+    return ds.networks.from_function(lambda key, dim: (), drift)
+
+
 def step_control(schedule, offset=0.0):
     """The control whose flow step is exact for every length; a wrong one at offset."""
 

@@ -11,8 +11,8 @@ from gaussian_flow import (
     SCALE,
     SD,
     end_prediction,
+    kernel_control,
     moved,
-    score_control,
     step_control,
 )
 from tables import LOG_Z, SMALL, batch_of_paths, counting_energy, skewed_energy
@@ -80,8 +80,30 @@ def test_the_exact_student_has_no_loss(x64):
         assert loss_of(objective, wrong)[0] > 1e-4
 
 
+@pytest.mark.parametrize("second_order", [False, True])
+def test_pairs_lose_less_than_steps(x64, second_order):
+    """A student that knows the flow, and a teacher that has the best kernels."""
+    teacher = teacher_of(kernel_control(SCHEDULE), 64)
+    params, o = teacher.init(KEY), ds.objectives
+    options = {"second_order": second_order}
+    pairs = (
+        (
+            o.consistency_distillation(teacher, params, num_times=5, **options),
+            student_of(end_prediction(SCHEDULE)),
+        ),
+        (
+            o.progressive_distillation(teacher, params, **options),
+            teacher_of(step_control(SCHEDULE), 4),
+        ),
+    )
+    for objective, student in pairs:
+        loss, metrics = loss_of(objective, student)
+        assert loss < 1e-4 if second_order else loss > 1e-3
+        assert metrics["cost"].network % 2 == 0
+
+
 def test_the_exact_prediction_does_not_change_along_the_flow(x64):
-    teacher = teacher_of(score_control(SCHEDULE), 64)
+    teacher = teacher_of(kernel_control(SCHEDULE), 64)
     exact = student_of(end_prediction(SCHEDULE))
     wrong = student_of(end_prediction(SCHEDULE, 0.3))
     found, missed = (
@@ -158,7 +180,7 @@ def test_energies_are_counted(name):
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_one_call_arrives_where_the_teacher_does(name):
     """From the exact score of a shifted Gaussian of unequal scales."""
-    teacher = teacher_of(score_control(SCHEDULE), 64)
+    teacher = teacher_of(kernel_control(SCHEDULE), 64)
     make, _ = OBJECTIVES[name]
     options = {"num_times": 9} if name == "consistency" else {}
     flow = name == "progressive"
@@ -208,7 +230,7 @@ def test_weights_of_a_trained_student_are_honest():
         return 0.5 * jnp.sum(z**2) + jnp.sum(jnp.log(sd)) + jnp.log(2 * jnp.pi) - LOG_Z
 
     o = ds.objectives
-    teacher = teacher_of(score_control(SCHEDULE), 16)
+    teacher = teacher_of(kernel_control(SCHEDULE), 16)
     student = ds.samplers.cdds(
         2,
         1,
@@ -392,6 +414,19 @@ def test_the_boundary_holds_for_all_parameters():
 def test_bad_options():
     with pytest.raises(ValueError, match=r"num_times must be between 2 and .* 9, got"):
         ds.objectives.consistency_distillation(teacher_of(FREE, 8), TRAINED)
+    with pytest.raises(ValueError, match=r"num_times must be between 2 and .* 5, got"):
+        ds.objectives.consistency_distillation(
+            teacher_of(FREE, 8), TRAINED, second_order=True
+        )
+    with pytest.raises(ValueError, match="its number of steps must be even, got 7"):
+        ds.objectives.consistency_distillation(
+            teacher_of(FREE, 7), TRAINED, num_times=3, second_order=True
+        )
+    thirds = ds.objectives.progressive_distillation(
+        teacher_of(FREE, 12), TRAINED, second_order=True
+    )
+    with pytest.raises(ValueError, match="m must be even, got 3"):
+        thirds.init(KEY, teacher_of(FREE, 4), None, skewed_energy, None)
     with pytest.raises(ValueError, match="damping must be positive, got 0"):
         ds.objectives.continuous_consistency(teacher_of(FREE, 8), TRAINED, damping=0)
     with pytest.raises(ValueError, match="data_std must be positive, got -1"):

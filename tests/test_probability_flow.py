@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from gaussian_flow import LOC, MEAN, SCALE, SD, moved, score_control
+from gaussian_flow import LOC, MEAN, SCALE, SD, kernel_control, moved
 from tables import (
     LOG_Z,
     SMALL,
@@ -26,6 +26,7 @@ SOLVERS = {
     "euler": (ds.solvers.euler(), 1),
     "frozen": (ds.solvers.frozen(), 1),
     "exponential": (ds.solvers.exponential(), 1),
+    "linear_end": (ds.solvers.linear_end(), 2),
     "heun": (ds.solvers.heun(), 2),
     "dpm_solver": (ds.solvers.dpm_solver(), 1.4),
 }
@@ -34,7 +35,7 @@ SOLVERS = {
 def gaussian(sd):
     """A sampler whose control is the score of a Gaussian target, and its exact flow."""
 
-    network = score_control(SCHEDULE, sd)
+    network = kernel_control(SCHEDULE, sd=sd)
     sampler = ds.samplers.dis(
         2, 4, loc=LOC, scale=SCALE, schedule=SCHEDULE, network=network
     )
@@ -59,6 +60,35 @@ def test_solvers_converge_at_their_order(x64, name):
         errors.append(float(jnp.max(jnp.abs(end - exact(x)))))
     assert errors[1] < (0.05 if order == 1 else 0.005)
     assert errors[0] / errors[1] == pytest.approx(2**order, rel=0.25)
+
+
+@pytest.mark.parametrize(
+    ("name", "least", "most"),
+    [("frozen", 0.02, 0.082), ("dpm_solver", 0, 0.011), ("linear_end", 0, 0.0003)],
+)
+def test_widths_along_the_flow_of_the_best_kernels(x64, name, least, most):
+    """In 128 steps to narrow Gaussians; the numbers are those of the docs."""
+    for sd, smallest in ((0.1, 0.05), (0.25, 0.05), (0.7, 0.1)):
+        schedule = ds.schedules.geometric(smallest)
+        network = kernel_control(schedule, mean=0.0, sd=sd)
+        sampler = ds.samplers.dis(1, 128, schedule=schedule, network=network)
+        flow = ds.probability_flow(sampler, SOLVERS[name][0])
+        wide = float(flow.solve(EMPTY, jnp.array([sd**-1]), lambda x: x[0])[0]) - 1
+        assert least <= (wide if name == "frozen" else abs(wide)) <= most
+
+
+def test_an_odd_step_is_left_to_the_frozen_control(x64):
+    sampler, _ = gaussian(SD)
+    x = jnp.array([1.3, -2.0])
+    for num_steps in (1, 3):
+        few, solvers = sampler.with_num_steps(num_steps), ds.solvers
+        flows = (
+            ds.probability_flow(few, make())
+            for make in (solvers.frozen, solvers.linear_end)
+        )
+        a, b = (flow.solve(EMPTY, x, skewed_energy) for flow in flows)
+        assert np.allclose(a, b) == (num_steps == 1)
+    assert ds.solvers.linear_end().num_calls(3) == 3
 
 
 @pytest.mark.parametrize("name", ["exponential", "dpm_solver"])
@@ -122,7 +152,7 @@ def test_euler_steps_are_those_of_the_papers(x64):
         2,
         400,
         schedule=SCHEDULE,
-        network=score_control(SCHEDULE),
+        network=kernel_control(SCHEDULE),
         process=ds.processes.EulerVariancePreserving,
     )
     table = sampler.process.coefficients(400)

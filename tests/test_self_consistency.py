@@ -1,5 +1,7 @@
 """Self-consistency: against the exact flow of a Gaussian, and by hand."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -56,7 +58,22 @@ def test_the_exact_flow_is_consistent(x64):
     assert float(loss_of(self_consistency(), wrong, params)(params)) > 1e-3
 
 
-def test_one_pair_by_hand(x64):
+def on_a_line(sampler, x, middle, end):
+    """Where x_hat = A + B alpha leads: a line through the kernels' two means."""
+    share = SCHEDULE.signal(np.array([0.0, 0.5, 1.0]))
+    alpha, noise, decay = np.sqrt(share), 1 - share, np.sqrt(share[:-1] / share[1:])
+    x_hat = []
+    for k, (here, there) in enumerate(((x, middle), (middle, end))):
+        y, moved = sampler.unit(here), sampler.unit(there) - sampler.unit(here)
+        mean = decay[k] * y + 2 * moved  # E[y' | y], whose half the flow takes
+        score = (decay[k] * mean - y) / (1 - decay[k] ** 2)  # Tweedie
+        x_hat.append((y + noise[k] * score) / alpha[k])
+    slope = (x_hat[1] - x_hat[0]) / (alpha[1] - alpha[0])
+    return sampler.original(x_hat[0] + slope * (1 - alpha[0]))  # alpha is 1 at the end
+
+
+@pytest.mark.parametrize("second_order", [False, True])
+def test_one_pair_by_hand(x64, second_order):
     """K = 2 leaves one pair: both steps against the whole, from the reference."""
     network = ds.networks.annealed_score_guided(**SMALL, step_conditioned=True)
     sampler = sampler_of(network, 2)
@@ -74,7 +91,10 @@ def test_one_pair_by_hand(x64):
             end = x
             for k in range(2):
                 step = jax.tree.map(lambda a, k=k: a[k], short)
-                end = sampler.flow_step(params, step, end, score(end))
+                middle = end
+                end = sampler.flow_step(params, step, middle, score(middle))
+            if second_order:  # x_hat linear in alpha: two points of a line
+                end = on_a_line(sampler, x, middle, end)
             step = jax.tree.map(lambda a: a[0], long)
             reached = sampler.flow_step(params, step, x, score(x))
             end = jax.lax.stop_gradient(end)
@@ -83,13 +103,30 @@ def test_one_pair_by_hand(x64):
 
     def loss(params):
         both = {"sampler": params, "objective": {}}
-        return self_consistency().loss(both, (), batch)[0]
+        return self_consistency(second_order=second_order).loss(both, (), batch)[0]
 
     value, gradient = jax.jit(jax.value_and_grad(loss))(params)
     expected, expected_gradient = jax.jit(jax.value_and_grad(by_hand))(params)
     assert float(value) == pytest.approx(float(expected), rel=1e-10)
     for a, b in zip(*map(jax.tree.leaves, (gradient, expected_gradient)), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-10)
+
+
+def test_only_the_shortest_pair_is_taken_at_once(x64):
+    """The longer steps of the exact flow remain consistent, its shortest do not."""
+    sampler = sampler_of(step_control(SCHEDULE), 4)
+    params, found = sampler.init(KEY), []
+    for level in range(2):
+        law = functools.partial(_only, level)
+        objective = self_consistency(pairs=law, second_order=True)
+        found.append(float(loss_of(objective, sampler, params)(params)))
+    assert found[0] > 1e-3
+    assert found[1] < 1e-20
+
+
+def _only(level, num_levels, count):
+    del count
+    return jnp.where(jnp.arange(num_levels) == level, 0.0, -jnp.inf)
 
 
 @pytest.mark.slow

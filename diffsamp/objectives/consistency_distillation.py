@@ -9,7 +9,9 @@ times of a coarser grid on the same path,
 in squared deviations s of the reference per coordinate: f is to say the same all along
 the path, and at t = 1 it is the identity, so that it says where the path ends. As in
 the paper the pair of times is the same for the whole batch and a path is integrated no
-further than its later time; targets are the student's own, without an average.
+further than its later time; targets are the student's own, without an average. With
+``second_order`` steps are taken in pairs (`solvers.linear_end`), and the coarser grid
+is one of the pairs.
 
 Paths are the teacher's, from the reference, whatever the behaviour brings: other terms
 of a `weighted_sum` may use it. Each step of them costs an energy gradient per row where
@@ -26,15 +28,21 @@ from diffsamp._distributions import standard_normal
 from diffsamp.objectives.common import keep_state, row_mean
 from diffsamp.objectives.teachers import (
     check_boundary,
+    check_even,
     check_pair,
     check_teacher,
+    follow,
 )
 from diffsamp.sampler import Sampler
 from diffsamp.types import Cost, Objective, Params, Requirements
 
 
 def consistency_distillation(
-    teacher: Sampler, teacher_params: Params, *, num_times: int = 18
+    teacher: Sampler,
+    teacher_params: Params,
+    *,
+    num_times: int = 18,
+    second_order: bool = False,
 ) -> Objective:
     """Squared distance of the student's predictions at two times of a teacher's path.
 
@@ -43,11 +51,14 @@ def consistency_distillation(
         teacher_params: its parameters, ``fit.params``.
         num_times: times of the coarse grid, both ends included; spread evenly over
             those of the teacher's.
+        second_order: whether the teacher's steps are taken in pairs, at the same cost
+            and with less error; the paper's are not.
 
     Raises:
         ValueError: when the teacher has no flow, is untrained (as far as that can be
             told: not where all of its initial parameters are random, or none is), has
-            other parameters than these, or fewer than ``num_times - 1`` steps; at the
+            other parameters than these, fewer than ``num_times - 1`` steps or pairs, or
+            an odd number of steps where they are to be taken in pairs; at the
             start of training when the student is no `samplers.cdds`, its network is not
             the identity at t = 1, or it has another dimension, size of conditions,
             reference or noise schedule.
@@ -63,12 +74,17 @@ def consistency_distillation(
         >>> objective = ds.objectives.consistency_distillation(teacher, fit.params)
     """
     check_teacher(teacher, teacher_params)
-    if not 2 <= num_times <= teacher.num_steps + 1:
+    if second_order:
+        check_even("its number of steps", teacher.num_steps)
+    stride = 2 if second_order else 1
+    num_moves = teacher.num_steps // stride
+    if not 2 <= num_times <= num_moves + 1:
+        of_pairs = " between pairs of steps" if second_order else ""
         raise ValueError(
-            "num_times must be between 2 and the teacher's number of times, "
-            f"{teacher.num_steps + 1}, got {num_times}"
+            "num_times must be between 2 and the number of the teacher's times"
+            f"{of_pairs}, {num_moves + 1}, got {num_times}"
         )
-    places = np.round(np.linspace(0, teacher.num_steps, num_times)).astype(np.int32)
+    places = np.round(np.linspace(0, num_moves, num_times)).astype(np.int32)
 
     def init(key, sampler, params, energy, pilot):
         del key, params, energy, pilot
@@ -83,15 +99,13 @@ def consistency_distillation(
         size = batch.on_policy.shape[0]
         index = jax.random.randint(for_pair, (), 0, num_times - 1)
         first, second = jnp.asarray(places)[index], jnp.asarray(places)[index + 1]
-        times = jnp.append(steps.time, steps.next_time[-1])
+        times = jnp.append(steps.time, steps.next_time[-1])[::stride]
         condition = batch.condition if batch.condition.shape[-1] else None
 
         def of_row(key, condition):
-            def advance(k, x):
-                step = jax.tree.map(lambda column: column[k], steps)
-                score = teacher.score_at(batch.energy, x, condition)
-                return teacher.flow_step(teacher_params, step, x, score, condition)
-
+            advance = follow(
+                teacher, teacher_params, batch.energy, condition, second_order
+            )
             noise = standard_normal(key, (teacher.dim,), times.dtype)
             early = jax.lax.fori_loop(0, first, advance, teacher.original(noise))
             late = jax.lax.fori_loop(first, second, advance, early)
@@ -105,8 +119,9 @@ def consistency_distillation(
 
         values = jax.vmap(of_row)(jax.random.split(for_start, size), condition)
         value = row_mean(values, jnp.isfinite(values))
-        gradients = size * second if teacher.needs_score else 0
-        cost = Cost(0, gradients, size * (second + 2))
+        calls = stride * second
+        gradients = size * calls if teacher.needs_score else 0
+        cost = Cost(0, gradients, size * (calls + 2))
         return value, {"cost": cost, "consistency": value}
 
     return Objective(Requirements(), init, loss, keep_state)

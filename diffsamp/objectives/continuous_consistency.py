@@ -17,15 +17,16 @@ learn as fast. The value says little (it is near 1 as long as |g| >> c); the met
 ``tangent`` is the root mean square of g. A network with fast oscillations in time has a
 derivative that is mostly noise: `networks.consistency` has none.
 
-With ``d tau = d log alpha^2`` and c_T the teacher's control, ``v = (d tau / dt) c_T /
-2`` in unit coordinates (`solvers`). States are last states of the batch, noised by the
-process to the start t of a step of the teacher's grid (to a thousandth instead of 0,
-where noise schedules have no slope to speak of): no path is integrated, and states are
-as good as the behaviour's. At t = 0 itself, from where a student draws in one step, it
-is so trusted to be about as it is a thousandth later, when the process has kept alpha
-of the target's mean, 0.08 with `schedules.geometric(0.05)`: where the reference is off
-the target's centre the ends are, by as much of that distance. One energy gradient per
-row where the teacher looks at scores.
+With ``d tau = d log alpha^2`` and the score that the teacher's kernels stand for (see
+`solvers`), ``v = (d tau / dt) (score + y) / 2`` in unit coordinates. States are last
+states of the batch, noised by the process to the start t of a step of the teacher's
+grid (to a thousandth instead of 0, where noise schedules have no slope to speak of): no
+path is integrated, and states are as good as the behaviour's. At t = 0 itself, from
+where a student draws in one step, it is so trusted to be about as it is a thousandth
+later, when the process has kept alpha of the target's mean, 0.08 with
+`schedules.geometric(0.05)`: where the reference is off the target's centre the ends
+are, by as much of that distance. One energy gradient per row where the teacher looks at
+scores.
 """
 
 from __future__ import annotations
@@ -105,7 +106,7 @@ def continuous_consistency(
             x = teacher.original(y)
             score = teacher.score_at(batch.energy, x, condition)
             control = teacher.flow_control(teacher_params, step, x, score, condition)
-            velocity = 0.5 * speed * control
+            velocity = speed * control
             one = jnp.ones((), dtype)
 
             def f(params, y, t):
@@ -136,11 +137,12 @@ def continuous_consistency(
 
 
 def _rates(teacher):
-    """Time, alpha, sigma and d log alpha^2 / dt where steps start, [K] each."""
-    times = teacher.process.coefficients(teacher.num_steps).times[:-1]
-    times = np.maximum(times, _START)
+    """Time, alpha, sigma and factor on c in v where steps start, [K] each."""
+    times = teacher.process.coefficients(teacher.num_steps).times
+    times, later = np.maximum(times[:-1], _START), times[1:]
     signal = teacher.process.schedule.signal
     low, high = times - _NUDGE, times + _NUDGE
     speed = (np.log(signal(high)) - np.log(signal(low))) / (high - low)
     alpha = np.sqrt(signal(times))
-    return times, alpha, np.sqrt(1 - alpha**2), speed
+    share = 2 * alpha / (alpha + np.sqrt(signal(later)))  # (score + y) / c
+    return times, alpha, np.sqrt(1 - alpha**2), 0.5 * speed * share

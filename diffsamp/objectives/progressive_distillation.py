@@ -7,7 +7,10 @@ goes in m of its own, on a grid of m K steps:
 
 in squared deviations s of the reference per coordinate. The paper has m = 2 and halves
 the number of steps again and again, each student being the next teacher; m = K of the
-teacher, with a student of one step, is plain regression on the ends of its paths.
+teacher, with a student of one step, is plain regression on the ends of its paths. A
+teacher trained at its own step count errs least if its steps are taken in pairs
+(``second_order``, see `solvers.linear_end`); a student that teaches has learned
+displacements, and its steps are taken one by one.
 
 States come from whatever behaviour there is. A step of the teacher costs an energy
 gradient per row where the teacher looks at scores.
@@ -20,25 +23,33 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffsamp.objectives.common import keep_state, row_mean
-from diffsamp.objectives.teachers import check_pair, check_teacher
+from diffsamp.objectives.teachers import (
+    check_even,
+    check_pair,
+    check_teacher,
+    follow,
+)
 from diffsamp.sampler import Sampler
 from diffsamp.types import Cost, Objective, Params, Requirements
 
 
-def progressive_distillation(teacher: Sampler, teacher_params: Params) -> Objective:
+def progressive_distillation(
+    teacher: Sampler, teacher_params: Params, *, second_order: bool = False
+) -> Objective:
     """Squared distance of one step of the flow to a teacher's m steps.
 
     Args:
         teacher: a trained sampler with a probability flow.
         teacher_params: its parameters, ``fit.params``.
+        second_order: whether its steps are taken in pairs, at the same cost; m is even.
 
     Raises:
         ValueError: when the teacher has no flow, other parameters than these or is
             untrained (as far as that can be told: not where all of its initial
             parameters are random, or none is); at the start of training when the
             student has no flow or another dimension, size of conditions, reference,
-            noise schedule or kind of process, or its times are not every m-th time of
-            the teacher's.
+            noise schedule or kind of process, its times are not every m-th time of
+            the teacher's, or m is odd where steps are to be taken in pairs.
 
     Example:
         >>> import jax, diffsamp as ds
@@ -73,12 +84,15 @@ def progressive_distillation(teacher: Sampler, teacher_params: Params) -> Object
                 f"of 2 or more; the student has {sampler.num_steps} steps and the "
                 f"teacher {num}"
             )
+        if second_order:
+            check_even("m", num // sampler.num_steps)
         return {}, jax.tree.map(jnp.asarray, teacher_params)
 
     def loss(params, teacher_params, batch):
         student: Sampler = batch.sampler
-        own, theirs = student.steps(), teacher.steps()
+        own = student.steps()
         times = teacher.num_steps // student.num_steps
+        num_moves = times // 2 if second_order else times
         size = batch.on_policy.shape[0]
         place = jax.random.randint(batch.key, (size,), 0, student.num_steps)
         condition = batch.condition if batch.condition.shape[-1] else None
@@ -86,13 +100,14 @@ def progressive_distillation(teacher: Sampler, teacher_params: Params) -> Object
         def of_row(place, path, condition):
             x, score = path.xs[place], path.scores[place]
 
-            def advance(x, i):
-                step = jax.tree.map(lambda column: column[times * place + i], theirs)
-                score = teacher.score_at(batch.energy, x, condition)
-                x = teacher.flow_step(teacher_params, step, x, score, condition)
-                return x, None
+            move = follow(
+                teacher, teacher_params, batch.energy, condition, second_order
+            )
 
-            end, _ = jax.lax.scan(advance, x, jnp.arange(times))
+            def advance(x, i):
+                return move(num_moves * place + i, x), None
+
+            end, _ = jax.lax.scan(advance, x, jnp.arange(num_moves))
             end = jax.lax.stop_gradient(end)
             step = jax.tree.map(lambda column: column[place], own)
             reached = student.flow_step(params["sampler"], step, x, score, condition)

@@ -13,6 +13,12 @@ of 2 d. The loss says nothing about the shortest
 step: that one has to be trained by another objective in a `weighted_sum`, or everything
 is consistent with an arbitrary flow.
 
+Two of the shortest steps are of first order, and what they get wrong all longer ones
+inherit: with 128 steps down to a tenth of the reference's standard deviation draws are
+too wide by 7 %. With ``second_order`` the target of the shortest pair is that of
+`solvers.linear_end`, which at no further cost is right within 0.1 % there. Longer
+steps are compared as before.
+
 States come from whatever behaviour there is and carry no gradient. The second short
 step of a control that is shown the score costs one energy gradient per row. The paper
 divides by D once more and takes an optimiser step of its own for this loss.
@@ -28,6 +34,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from diffsamp import solvers
+from diffsamp.deterministic import ProbabilityFlow
 from diffsamp.objectives.common import row_mean
 from diffsamp.sampler import Sampler
 from diffsamp.types import Array, Cost, Objective, Requirements
@@ -87,11 +95,15 @@ class Curriculum:
 
 
 _UNIFORM = Uniform()
+_LINEAR_END = solvers.linear_end()
 
 
 @functools.cache
 def self_consistency(
-    *, pairs: Pairs = _UNIFORM, ema_decay: float | None = None
+    *,
+    pairs: Pairs = _UNIFORM,
+    ema_decay: float | None = None,
+    second_order: bool = False,
 ) -> Objective:
     """Squared distance between one long step of the flow and two of half its length.
 
@@ -100,6 +112,8 @@ def self_consistency(
             any hashable function like them.
         ema_decay: decay of an exponential moving average of the parameters that takes
             the two short steps; None for the current ones.
+        second_order: whether the two shortest steps are taken together, see above; the
+            paper's loss is without.
 
     Raises:
         ValueError: when ema_decay is not in (0, 1); at the start of training when the
@@ -138,6 +152,10 @@ def self_consistency(
         num_long = jnp.asarray(sampler.num_steps) >> level
         place = jax.random.randint(for_place, (size,), 0, num_long)
         condition = batch.condition if batch.condition.shape[-1] else None
+        grid = ProbabilityFlow(sampler, _LINEAR_END).grid
+        pair_weights = [
+            jnp.asarray(w, batch.paths.xs.dtype) for w in solvers.pair_weights(grid)
+        ]
 
         def of_row(num_long, place, path, condition):
             step_of = _steps_of_all_grids(sampler)
@@ -145,13 +163,22 @@ def self_consistency(
             first, second = (step_of(2 * num_long, 2 * place + i) for i in range(2))
             start = place * (sampler.num_steps // num_long)
             x, score = path.xs[start], path.scores[start]
-            middle = sampler.flow_step(short, first, x, score, condition)
+            y, own = sampler.unit(x), params["sampler"]
+            now = sampler.flow_control(short, first, x, score, condition)
+            share, later_share = (1 - s.generation_decay for s in (first, second))
+            middle = sampler.original(y + share * now)
             score_there = sampler.score_at(batch.energy, middle, condition)
-            end = sampler.flow_step(short, second, middle, score_there, condition)
-            end = jax.lax.stop_gradient(end)
-            reached = sampler.flow_step(params["sampler"], long, x, score, condition)
-            scale = jnp.broadcast_to(jnp.asarray(sampler.scale, x.dtype), x.shape)
-            return jnp.mean(((reached - end) / scale) ** 2)
+            later = sampler.flow_control(short, second, middle, score_there, condition)
+            if second_order:
+                shortest = 2 * num_long == sampler.num_steps
+                pair = (weights[place] for weights in pair_weights)
+                share, later_share = (
+                    jnp.where(shortest, weight, usual)
+                    for weight, usual in zip(pair, (share, later_share), strict=True)
+                )
+            end = jax.lax.stop_gradient(y + share * now + later_share * later)
+            reached = sampler.flow_step(own, long, x, score, condition)
+            return jnp.mean((sampler.unit(reached) - end) ** 2)
 
         paths = jax.lax.stop_gradient(batch.paths)
         values = jax.vmap(of_row)(num_long, place, paths, condition)

@@ -6,9 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from diffsamp.deterministic import ProbabilityFlow
 from diffsamp.sampler import Sampler
-from diffsamp.types import Params
+from diffsamp.solvers import linear_end, pair_weights
+from diffsamp.types import Array, Energy, Params
 
+_LINEAR_END = linear_end()
 _LEARNED = ("generation", "backbone")  # what the flow depends on
 
 
@@ -34,6 +37,48 @@ def check_teacher(teacher: Sampler, params: Params) -> None:
         raise ValueError(
             "the teacher's parameters are those of an untrained sampler: none that "
             "starts from a given value has moved; train it first and give fit.params"
+        )
+
+
+def follow(
+    teacher: Sampler,
+    params: Params,
+    energy: Energy,
+    condition: Array | None,
+    second_order: bool,
+):
+    """``(k, x) -> x`` along the teacher's flow: over step k, or over pair k of them.
+
+    A pair is taken as `solvers.linear_end` does.
+    """
+    steps, flow = teacher.steps(), ProbabilityFlow(teacher, _LINEAR_END)
+    weights = [jnp.asarray(w, steps.time.dtype) for w in pair_weights(flow.grid)]
+
+    def control_at(k, x):
+        step = jax.tree.map(lambda column: column[k], steps)
+        score = teacher.score_at(energy, x, condition)
+        control = teacher.flow_control(params, step, x, score, condition)
+        return control, 1 - step.generation_decay
+
+    def one(k, x):
+        control, share = control_at(k, x)
+        return teacher.original(teacher.unit(x) + share * control)
+
+    def two(k, x):
+        y = teacher.unit(x)
+        now, share = control_at(2 * k, x)
+        later, _ = control_at(2 * k + 1, teacher.original(y + share * now))
+        return teacher.original(y + weights[0][k] * now + weights[1][k] * later)
+
+    return two if second_order else one
+
+
+def check_even(name: str, num_steps: int) -> None:
+    """Raises where steps cannot be taken in pairs."""
+    if num_steps % 2:
+        raise ValueError(
+            f"second_order=True takes the teacher's steps in pairs: {name} must be "
+            f"even, got {num_steps}"
         )
 
 
