@@ -116,6 +116,7 @@ CELLS = (
     ),
 )
 OPTIMIZER = optax.adam(2e-3)  # one object, so that seeds share what is compiled
+PAIRS_PER_PATH = 8  # of self-consistency
 FEW_REPEATS = 3  # of distances between the ends
 FEW_STEPS = 0.1  # weight of the divergence at few steps
 STUDENT_STEPS = (1, 2, 4, 8)  # at which the student's kernels are fitted
@@ -167,7 +168,8 @@ def make_objective(cell, method, teacher):
     log_variance = o.log_variance(huber=cell.huber)
     if method == "teacher":
         return log_variance
-    consistency = o.self_consistency(second_order=True)
+    options = {"second_order": True, "pairs_per_path": PAIRS_PER_PATH}
+    consistency = o.self_consistency(**options)
     terms = [(log_variance, 1.0), (consistency, cell.consistency)]
     if method == "any_step":
         fewer = tuple(k for k in STEPS if k < cell.num_steps)

@@ -148,6 +148,18 @@ def test_the_average_takes_the_short_steps():
     assert elsewhere != pytest.approx(live, rel=0.1)
 
 
+def test_more_pairs_of_a_path_are_a_mean_of_less_noise(x64):
+    sampler = sampler_of(step_control(SCHEDULE, 0.3), 16)
+    params, found = sampler.init(KEY), {}
+    for num in (1, 64):
+        loss = loss_of(self_consistency(pairs_per_path=num), sampler, params)
+        found[num] = float(loss(params))
+    many = loss_of(self_consistency(pairs_per_path=256), sampler, params)
+    truth = float(many(params))
+    assert abs(found[64] - truth) < 0.1 * truth
+    assert 0.02 * truth < abs(found[1] - truth) < truth
+
+
 def test_laws_of_the_step_length():
     count = jnp.asarray(0)
     uniform, biased = (jax.nn.softmax(Biased(r)(4, count)) for r in (0.0, 1.5))
@@ -185,7 +197,8 @@ def test_energies_are_counted(network):
         KEY,
         sampler_of(network, 4),
         ds.objectives.weighted_sum(
-            (ds.objectives.log_variance(), 1.0), (self_consistency(), 0.5)
+            (ds.objectives.log_variance(), 1.0),
+            (self_consistency(pairs_per_path=3), 0.5),
         ),
         energy,
         num_updates=3,
@@ -229,6 +242,8 @@ def test_bad_options():
     for decay in (0.0, 1.0):
         with pytest.raises(ValueError, match=f"ema_decay must be .* got {decay}"):
             self_consistency(ema_decay=decay)
+    with pytest.raises(ValueError, match="pairs_per_path must be at least 1, got 0"):
+        self_consistency(pairs_per_path=0)
     with pytest.raises(ValueError, match="num_updates must be at least 1, got 0"):
         Curriculum(0)
     network = ds.networks.free(**SMALL, step_conditioned=True)

@@ -104,6 +104,7 @@ def self_consistency(
     pairs: Pairs = _UNIFORM,
     ema_decay: float | None = None,
     second_order: bool = False,
+    pairs_per_path: int = 1,
 ) -> Objective:
     """Squared distance between one long step of the flow and two of half its length.
 
@@ -114,9 +115,12 @@ def self_consistency(
             the two short steps; None for the current ones.
         second_order: whether the two shortest steps are taken together, see above; the
             paper's loss is without.
+        pairs_per_path: pairs of every path of the batch. A pair costs three calls of
+            the network, a path as many as it has steps: with 128 of them a gradient of
+            less noise is nearly free.
 
     Raises:
-        ValueError: when ema_decay is not in (0, 1); at the start of training when the
+        ValueError: when ema_decay is not in (0, 1) or pairs_per_path less than 1; at the start of training when the
             sampler has no probability flow, it is to share parameters between step
             counts (`samplers.scds`) with a network known not to see the length of the
             step, its number of steps is odd, or its time grid of half the steps is not
@@ -131,6 +135,8 @@ def self_consistency(
     """
     if ema_decay is not None and not 0 < ema_decay < 1:
         raise ValueError(f"ema_decay must be in (0, 1) or None, got {ema_decay}")
+    if pairs_per_path < 1:
+        raise ValueError(f"pairs_per_path must be at least 1, got {pairs_per_path}")
 
     def init(key, sampler, params, energy, pilot):
         del key, energy, pilot
@@ -146,18 +152,18 @@ def self_consistency(
         short = params["sampler"] if ema_decay is None else average
         short = jax.lax.stop_gradient(short)
         for_level, for_place = jax.random.split(batch.key)
-        size = batch.on_policy.shape[0]
+        shape = batch.on_policy.shape[0], pairs_per_path
         log_probs = pairs(num_levels, batch.count)
-        level = 1 + jax.random.categorical(for_level, log_probs, shape=(size,))
+        level = 1 + jax.random.categorical(for_level, log_probs, shape=shape)
         num_long = jnp.asarray(sampler.num_steps) >> level
-        place = jax.random.randint(for_place, (size,), 0, num_long)
+        place = jax.random.randint(for_place, shape, 0, num_long)
         condition = batch.condition if batch.condition.shape[-1] else None
         grid = ProbabilityFlow(sampler, _LINEAR_END).grid
         pair_weights = [
             jnp.asarray(w, batch.paths.xs.dtype) for w in solvers.pair_weights(grid)
         ]
 
-        def of_row(num_long, place, path, condition):
+        def of_pair(num_long, place, path, condition):
             step_of = _steps_of_all_grids(sampler)
             long = step_of(num_long, place)
             first, second = (step_of(2 * num_long, 2 * place + i) for i in range(2))
@@ -181,10 +187,11 @@ def self_consistency(
             return jnp.mean((sampler.unit(reached) - end) ** 2)
 
         paths = jax.lax.stop_gradient(batch.paths)
-        values = jax.vmap(of_row)(num_long, place, paths, condition)
+        of_path = jax.vmap(of_pair, in_axes=(0, 0, None, None))
+        values = jax.vmap(of_path)(num_long, place, paths, condition)
         value = row_mean(values, jnp.isfinite(values))
-        gradients = size if sampler.needs_score else 0
-        cost = Cost(0, gradients, 3 * size)
+        gradients = values.size if sampler.needs_score else 0
+        cost = Cost(0, gradients, 3 * values.size)
         return value, {"cost": cost, "self_consistency": value}
 
     def update(params, average, batch):
