@@ -120,11 +120,11 @@ def self_consistency(
             less noise is nearly free.
 
     Raises:
-        ValueError: when ema_decay is not in (0, 1) or pairs_per_path less than 1; at the start of training when the
-            sampler has no probability flow, it is to share parameters between step
-            counts (`samplers.scds`) with a network known not to see the length of the
-            step, its number of steps is odd, or its time grid of half the steps is not
-            every other time.
+        ValueError: when ema_decay is not in (0, 1) or pairs_per_path less than 1; at
+            the start of training when the sampler has no probability flow, it is to
+            share parameters between step counts (`samplers.scds`) with a network known
+            not to see the length of the step, its number of steps is odd, or its time
+            grid of half the steps is not every other time.
 
     Example:
         >>> import diffsamp as ds
