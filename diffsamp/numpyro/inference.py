@@ -362,7 +362,9 @@ class DiffusionSampler:
     def kernel(self, **options: Any) -> DiffusionKernel:
         """A kernel for ``MCMC`` with the trained sampler as its global move.
 
-        Its chains start from points of the probe.
+        Its chains start from points of the probe, by preference from one where the
+        sampler has too little, so that they disagree where it lacks something. Once
+        `run` has said ``trust`` they start from its own draws.
 
         Args:
             **options: of `DiffusionKernel`: ``num_proposals``, ``local_kernel``.
@@ -371,14 +373,17 @@ class DiffusionSampler:
             RuntimeError: before training.
         """
         state = self._trained()
-        coordinates, found = state.target.coordinates, state.probe or state.pilot
+        coordinates, starts = state.target.coordinates, None
         assert coordinates is not None
+        drawn = self._draws
+        if drawn is None or not drawn.diagnostics.verdict.startswith("trust"):
+            starts = to_x(coordinates, (state.probe or state.pilot).x)
         return DiffusionKernel(
             state.sampler,
             state.params,
             self.model,
             coordinates=coordinates,
-            starts=to_x(coordinates, found.x),
+            starts=starts,
             init_strategy=self._init_strategy,
             **options,
         )

@@ -19,6 +19,7 @@ from numpyro.infer import MCMC, NUTS, Predictive
 import diffsamp as ds
 from diffsamp.numpyro import DiffusionSampler, RandomStepNUTS, pilots
 from diffsamp.numpyro.agreement import PRECISE, imprecision
+from diffsamp.numpyro.coordinates import to_x
 from diffsamp.numpyro.verdicts import checked
 from diffsamp.types import Target
 
@@ -235,6 +236,23 @@ def test_the_kernel(inference):
     mcmc.run(jax.random.key(2), y=DATA, extra_fields=("accept_prob",))
     assert mcmc.get_samples()["mean"].mean() == pytest.approx(POSTERIOR_MEAN, abs=0.15)
     assert mcmc.get_extra_fields()["accept_prob"].mean() > 0.5
+
+
+def test_chains_of_what_is_not_trusted_start_from_the_probe(inference, monkeypatch):
+    """In the kernel's private parts, for a chain's start alone says nothing."""
+    assert inference.diagnostics.verdict.startswith("trust")
+    assert inference.kernel()._starts is None
+    state = inference.state
+    for verdict in (None, "reweight", "do not trust: for no reason"):
+        drawn = None
+        if verdict is not None:
+            report = inference.diagnostics._replace(verdict=verdict)
+            drawn = inference.draws._replace(diagnostics=report)
+        monkeypatch.setattr(inference, "_draws", drawn)
+        starts = inference.kernel()._starts
+        np.testing.assert_allclose(
+            starts, to_x(state.target.coordinates, state.probe.x)
+        )
 
 
 def test_trained_once_for_the_same_data(inference, monkeypatch):
