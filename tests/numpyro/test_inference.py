@@ -242,12 +242,10 @@ def test_chains_of_what_is_not_trusted_start_from_the_probe(inference, monkeypat
     """In the kernel's private parts, for a chain's start alone says nothing."""
     assert inference.diagnostics.verdict.startswith("trust")
     assert inference.kernel()._starts is None
-    state = inference.state
+    state, draws = inference.state, inference.draws
     for verdict in (None, "reweight", "do not trust: for no reason"):
-        drawn = None
-        if verdict is not None:
-            report = inference.diagnostics._replace(verdict=verdict)
-            drawn = inference.draws._replace(diagnostics=report)
+        report = draws.diagnostics._replace(verdict=verdict)
+        drawn = draws._replace(diagnostics=report) if verdict else None
         monkeypatch.setattr(inference, "_draws", drawn)
         starts = inference.kernel()._starts
         np.testing.assert_allclose(
