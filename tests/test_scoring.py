@@ -86,8 +86,12 @@ def test_the_gradient_is_the_naive_one_in_double_precision(name, x64):
 
 
 def _check_objective(name):
-    sampler, params, paths, each = _made("gbs" if name in NEED_DESTRUCTION else "dis")
-    objective = OBJECTIVES[name]()
+    sampler = "gbs" if name in NEED_DESTRUCTION else "dis"
+    _check_on(sampler, OBJECTIVES[name]())
+
+
+def _check_on(name, objective):
+    sampler, params, paths, each = _made(name)
     pilot = None
     if objective.requires.pilot:
         pilot = jax.vmap(sampler.final, in_axes=(None, 0, None))(
@@ -137,6 +141,17 @@ def test_every_objective_has_the_naive_gradient(name):
 @pytest.mark.parametrize("name", DETACHED)
 def test_every_objective_has_the_naive_gradient_in_double_precision(name, x64):
     _check_objective(name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_every_objective_on_every_process_has_the_naive_gradient(name, x64):
+    """The sum of all that make sense, each with a weight of its own."""
+    names = [n for n in DETACHED if n not in NEED_DESTRUCTION]
+    if SAMPLERS[name](num_steps=STEPS).destruction is not None:
+        names = DETACHED
+    terms = [(OBJECTIVES[n](), 1.0 + 0.1 * i) for i, n in enumerate(names)]
+    _check_on(name, ds.objectives.weighted_sum(*terms))
 
 
 def test_with_a_condition():
