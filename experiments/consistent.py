@@ -76,6 +76,7 @@ class Cell:
     num_steps: int = NUM_STEPS
     methods: tuple[str, ...] = METHODS
     num_updates: int = 3_000
+    student_updates: int = 15_000  # of cdds, which cost a tenth of the teacher's
     width: int = 64
     batch_size: int = 128
     huber: float | None = None
@@ -196,7 +197,8 @@ def train(cell, method, seed, args):
     later counts all its calls; those that were cut short count with compilation.
     """
     method = "teacher" if method == "teacher_dpm" else method
-    num_updates = args.num_updates or cell.num_updates
+    wanted = cell.student_updates if method == "cdds" else cell.num_updates
+    num_updates = args.num_updates or wanted
     place = place_of(args)
     name = f"{cell.target}_{method}_{seed}"
     checkpoint, account = place / f"{name}.checkpoint", place / f"{name}.json"
