@@ -94,14 +94,47 @@ class Cell:
 
 
 OTHERS = tuple(method for method in METHODS if method != "any_step")
+LONG = {"num_updates": 10_000}
+WELLS = (1.4,) * 5 + (1.0,) * 45  # standard deviations of mw52
 CELLS = (
-    Cell("gmm9", 3.0, 0.18, methods=OTHERS, num_repeats=50),
-    Cell("gmm9", 4.0, 0.05, 32, ("any_step",), batch_size=256, num_repeats=50),
-    Cell("mw54", 2.0, 0.09, methods=OTHERS),
-    Cell("mw54", 2.5, 0.06, 32, ("any_step",), width=16, coordinatewise=True),
+    Cell("gmm9", 3.0, 0.18, methods=OTHERS, num_repeats=50, **LONG, consistency=20.0),
+    Cell(
+        "gmm9",
+        4.0,
+        0.05,
+        32,
+        ("any_step",),
+        **LONG,
+        width=128,
+        batch_size=256,
+        consistency=20.0,
+        num_repeats=50,
+    ),
+    Cell("mw54", 2.0, 0.09, methods=OTHERS, **LONG, consistency=50.0),
+    Cell(
+        "mw54",
+        2.5,
+        0.06,
+        32,
+        ("any_step",),
+        **LONG,
+        width=32,
+        consistency=200.0,
+        coordinatewise=True,
+    ),
     Cell("funnel_hard", 5.0, 0.03, huber=10.0),
-    Cell("mw52", 1.4, 0.1, methods=OTHERS, width=128),
-    Cell("mw52", 1.4, 0.1, 32, ("any_step",), width=16, coordinatewise=True),
+    Cell("mw52", WELLS, 0.1, methods=OTHERS, width=128, consistency=500.0),
+    Cell(
+        "mw52",
+        WELLS,
+        0.1,
+        32,
+        ("any_step",),
+        num_updates=6_000,
+        width=16,
+        consistency=500.0,
+        coordinatewise=True,
+    ),
     Cell("drawn_image", 2.0, 0.02, width=128),
     Cell("ionosphere", 1.0, 0.1, num_updates=1_500),
     Cell(  # of so many coordinates all else would take longer than training
