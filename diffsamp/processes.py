@@ -112,9 +112,10 @@ class VariancePreserving:
 
     With alpha_bar from the schedule and ``1 - a = alpha_bar_k / alpha_bar_{k+1}``,
     destruction is exactly ``q(y | y') = N(sqrt(1 - a) y', a)``. Generation integrates
-    ``dY = (-Y / 2 + c) d tau + dW`` with the control c = score + y frozen over the step
-    (exponential integrator): the mean is ``sqrt(1 - a) y + 2 (1 - sqrt(1 - a)) c``, the
-    variance a. Both stay finite and well conditioned at K = 1, unlike the Euler step.
+    ``dY = (-Y / 2 + c) d tau + dW`` with the control c, score + y for short steps (see
+    `solvers`), frozen over the step (exponential integrator): the mean is ``sqrt(1 - a)
+    y + 2 (1 - sqrt(1 - a)) c``, the variance a. Both stay finite and well conditioned
+    at K = 1, unlike the Euler step.
     """
 
     schedule: NoiseSchedule

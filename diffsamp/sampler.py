@@ -504,9 +504,10 @@ class Sampler:
     ) -> Array:
         """One step of the probability flow that the generation control stands for.
 
-        Generation ``dY = (-Y / 2 + c) d tau + dW`` and its noising process have the
-        marginals of the flow ``dY = (c / 2) d tau``. The step moves by half of what the
-        control adds to the mean of the generation kernel, ``(1 - decay) c``.
+        In the limit of short steps, generation ``dY = (-Y / 2 + c) d tau + dW`` and its
+        noising process have the marginals of the flow ``dY = (c / 2) d tau``. The step
+        moves by half of what the control adds to the mean of the generation kernel,
+        ``(1 - decay) c``.
 
         Args:
             params: parameters.

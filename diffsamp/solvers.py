@@ -16,7 +16,10 @@ alpha / alpha'``. The best mean is the expected next state, and that is the mean
     x_hat = alpha y + 2 sigma^2 c / (alpha + alpha'):
 
 more than the score by a share of the order of a step, and in the first step, out of
-nearly nothing but noise, many times as much. Controls c are taken to be of this kind.
+nearly nothing but noise, many times as much. Controls c are taken to be of this kind,
+on the very grid on which they were trained; on another the first step is off. Only the
+exact kernels of `processes.VariancePreserving` have this c: for Euler steps ``c = score
++ y`` is assumed, and `linear_end` refuses them.
 
 `euler` and `heun` treat the first form; `exponential` (DDIM; Song et al. 2021, arXiv
 2010.02502) and `dpm_solver` (DPM-Solver++(2M); Lu et al. 2022, arXiv 2211.01095) the
@@ -28,6 +31,11 @@ linear in alpha over both; with what is above this is
     y'' = y + b_0 c(y, t) + b_1 c(y', t'),    y' = y + (1 - d) c(y, t),
 
 exact where the target is the reference, or a point, and of second order otherwise.
+
+Orders are those on grids whose steps shrink in ``log alpha``. The first step of
+`schedules.geometric` does not, for it begins where there is hardly any signal: there
+`exponential` and `dpm_solver` are of first order and `linear_end` of about 1.5, and
+`euler` and `heun`, which have to follow log alpha, are not to be used.
 """
 
 from __future__ import annotations
@@ -127,7 +135,16 @@ def pair_weights(grid: FlowGrid) -> tuple[np.ndarray, np.ndarray]:
     With ``y'' = keep y + A G + B (1 - keep)`` for ``x_hat = A + B alpha``, where
     ``keep = sigma'' / sigma`` and ``G = alpha'' - alpha keep``. The factors on y add up
     to 1.
+
+    Raises:
+        ValueError: where steps are Euler's.
     """
+    if not is_exact(grid):
+        raise ValueError(
+            "two steps together, by ds.solvers.linear_end() or second_order=True, take "
+            "the exact kernels of a variance-preserving process, got Euler steps; "
+            "leave out process=, or take ds.solvers.frozen() and second_order=False"
+        )
     ends = 2 * (len(grid.decay) // 2) + 1
     now, then, end = (grid.alpha[i:ends:2][: ends // 2] for i in range(3))
     keep = grid.sigma[2:ends:2] / grid.sigma[: ends - 1 : 2]
@@ -194,14 +211,21 @@ def _of_end(grid):
     return keep, grid.alpha[1:] - grid.alpha[:-1] * keep
 
 
+def is_exact(grid: FlowGrid) -> bool:
+    """Whether kernels are those of the process itself, and not Euler's."""
+    return np.allclose(grid.decay, grid.alpha[:-1] / grid.alpha[1:], rtol=1e-6, atol=0)
+
+
 def _score_share(grid: FlowGrid) -> np.ndarray:
     """``(score + y) / c`` of the kernels' controls, [K]; see the module."""
+    if not is_exact(grid):
+        return np.ones(len(grid.decay))
     return 2 * grid.alpha[:-1] / (grid.alpha[:-1] + grid.alpha[1:])
 
 
 def _end_gain(grid):
     """Factor on c in x_hat, [K]."""
-    return 2 * grid.sigma[:-1] ** 2 / (grid.alpha[:-1] + grid.alpha[1:])
+    return grid.sigma[:-1] ** 2 / grid.alpha[:-1] * _score_share(grid)
 
 
 def _euler(grid):
@@ -235,9 +259,14 @@ def frozen() -> OneCallSolver:
 def linear_end() -> LinearEnd:
     """Two steps together, x_hat linear in alpha; second order, one call a step.
 
-    The one to take with a control that was trained at the same step count, or to teach
+    The one to take with a control that was trained at the same step count (also of a
+    step-conditioned sampler, at the number of steps of its training grid), or to teach
     others (``second_order=True`` of the objectives that do). The last of an odd number
-    of steps is one of `frozen`.
+    of steps is one of `frozen`. Extrapolating to where there is no
+    noise it counts errors of the network in the last two steps about three times.
+
+    Raises:
+        ValueError: when it is used, where steps are Euler's.
     """
     return LinearEnd()
 
@@ -257,6 +286,7 @@ def dpm_solver() -> DPMSolver:
 
     Second order in the logarithm of signal over noise. In the last step, down to no
     noise at all, that is infinite, and x_hat is extrapolated in the square of noise
-    over signal instead; the last few steps leave an order of about 1.4 altogether.
+    over signal instead; the last few steps leave an order of about 1.4 altogether, and
+    the first of `schedules.geometric` one of 1.
     """
     return DPMSolver()

@@ -48,9 +48,9 @@ def progressive(teacher):
     return ds.objectives.progressive_distillation(teacher, teacher.init(KEY))
 
 
-def loss_of(objective, student):
+def loss_of(objective, student, key=KEY):
     params = student.init(KEY)
-    batch = batch_of_paths(student, params, 32, KEY)
+    batch = batch_of_paths(student, params, 32, key)
     _, state = objective.init(KEY, student, params, skewed_energy, None)
 
     @jax.jit
@@ -99,18 +99,25 @@ def test_pairs_lose_less_than_steps(x64, second_order):
     for objective, student in pairs:
         loss, metrics = loss_of(objective, student)
         assert loss < 1e-4 if second_order else loss > 1e-3
-        assert metrics["cost"].network % 2 == 0
+        calls = metrics["cost"].network / 32 - (2 if student is pairs[0][1] else 1)
+        assert calls == 16 or (student is pairs[0][1] and calls in (16, 32, 48, 64))
 
 
 def test_the_exact_prediction_does_not_change_along_the_flow(x64):
-    teacher = teacher_of(kernel_control(SCHEDULE), 64)
+    """But in the teacher's first step, whose kernel knows nothing of where it is."""
+    objective = continuous(teacher_of(kernel_control(SCHEDULE), 64))
     exact = student_of(end_prediction(SCHEDULE))
     wrong = student_of(end_prediction(SCHEDULE, 0.3))
-    found, missed = (
-        loss_of(continuous(teacher), s)[1]["tangent"] for s in (exact, wrong)
-    )
-    assert found < 1e-5  # the schedule's derivative is a difference
-    assert missed == pytest.approx(0.3, rel=1e-4)  # d/dt of 0.3 (1 - t)
+    found = [
+        [
+            loss_of(objective, s, jax.random.key(seed))[1]["tangent"]
+            for s in (exact, wrong)
+        ]
+        for seed in range(4)
+    ]
+    assert min(found)[0] < 1e-5  # the schedule's derivative is a difference
+    assert min(found)[1] == pytest.approx(0.3, rel=1e-4)  # d/dt of 0.3 (1 - t)
+    assert max(found)[0] < 1.0  # 2 where the control is taken for the score
 
 
 def test_the_end_is_the_identity_at_the_end():
@@ -146,17 +153,27 @@ OBJECTIVES = {
     "continuous": (ds.objectives.continuous_consistency, {}),
     "progressive": (ds.objectives.progressive_distillation, {}),
 }
+IN_PAIRS = {
+    "consistency_in_pairs": (
+        ds.objectives.consistency_distillation,
+        {"num_times": 3, "second_order": True},
+    ),
+    "progressive_in_pairs": (
+        ds.objectives.progressive_distillation,
+        {"second_order": True},
+    ),
+}
 
 
 @pytest.mark.slow
 @pytest.mark.relaxed("dtypes")
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("name", OBJECTIVES | IN_PAIRS)
 def test_energies_are_counted(name):
     network = ds.networks.annealed_score_guided(**SMALL, step_conditioned=True)
     teacher = teacher_of(network, 4)
     params = jax.tree.map(lambda leaf: leaf + 0.1, teacher.init(KEY))
-    make, options = OBJECTIVES[name]
-    flow = name == "progressive"
+    make, options = (OBJECTIVES | IN_PAIRS)[name]
+    flow = name.startswith("progressive")
     student = teacher.with_num_steps(2) if flow else student_of()
     energy, take = counting_energy(skewed_energy)
     fit = ds.fit(
@@ -179,7 +196,7 @@ def test_energies_are_counted(name):
 @pytest.mark.relaxed("dtypes")
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_one_call_arrives_where_the_teacher_does(name):
-    """From the exact score of a shifted Gaussian of unequal scales."""
+    """From the best kernels of a shifted Gaussian of unequal scales."""
     teacher = teacher_of(kernel_control(SCHEDULE), 64)
     make, _ = OBJECTIVES[name]
     options = {"num_times": 9} if name == "consistency" else {}
@@ -418,14 +435,21 @@ def test_bad_options():
         ds.objectives.consistency_distillation(
             teacher_of(FREE, 8), TRAINED, second_order=True
         )
-    with pytest.raises(ValueError, match="its number of steps must be even, got 7"):
+    with pytest.raises(ValueError, match="must be even, got 7"):
         ds.objectives.consistency_distillation(
             teacher_of(FREE, 7), TRAINED, num_times=3, second_order=True
+        )
+    with pytest.raises(ValueError, match="training grid's 8 steps, got 4"):
+        ds.objectives.consistency_distillation(
+            teacher_of(FREE, 8).with_num_steps(4),
+            TRAINED,
+            num_times=3,
+            second_order=True,
         )
     thirds = ds.objectives.progressive_distillation(
         teacher_of(FREE, 12), TRAINED, second_order=True
     )
-    with pytest.raises(ValueError, match="m must be even, got 3"):
+    with pytest.raises(ValueError, match="must be even, got 3"):
         thirds.init(KEY, teacher_of(FREE, 4), None, skewed_energy, None)
     with pytest.raises(ValueError, match="damping must be positive, got 0"):
         ds.objectives.continuous_consistency(teacher_of(FREE, 8), TRAINED, damping=0)

@@ -33,7 +33,7 @@ SOLVERS = {
 
 
 def gaussian(sd):
-    """A sampler whose control is the score of a Gaussian target, and its exact flow."""
+    """A sampler with the best kernels to a Gaussian target, and its exact flow."""
 
     network = kernel_control(SCHEDULE, sd=sd)
     sampler = ds.samplers.dis(
@@ -67,7 +67,7 @@ def test_solvers_converge_at_their_order(x64, name):
     [("frozen", 0.02, 0.082), ("dpm_solver", 0, 0.011), ("linear_end", 0, 0.0003)],
 )
 def test_widths_along_the_flow_of_the_best_kernels(x64, name, least, most):
-    """In 128 steps to narrow Gaussians; the numbers are those of the docs."""
+    """In 128 steps to narrow Gaussians, by the default schedule."""
     for sd, smallest in ((0.1, 0.05), (0.25, 0.05), (0.7, 0.1)):
         schedule = ds.schedules.geometric(smallest)
         network = kernel_control(schedule, mean=0.0, sd=sd)
@@ -75,6 +75,37 @@ def test_widths_along_the_flow_of_the_best_kernels(x64, name, least, most):
         flow = ds.probability_flow(sampler, SOLVERS[name][0])
         wide = float(flow.solve(EMPTY, jnp.array([sd**-1]), lambda x: x[0])[0]) - 1
         assert least <= (wide if name == "frozen" else abs(wide)) <= most
+
+
+def test_the_table_of_the_docs(x64):
+    schedule = ds.schedules.geometric(0.1)
+    wanted = {
+        "frozen": (0.158, -0.077),
+        "dpm_solver": (-0.006, 0.0),
+        "linear_end": (0.001, -0.001),
+    }
+    network = kernel_control(schedule, mean=1.0, sd=0.3)
+    sampler = ds.samplers.dis(1, 32, schedule=schedule, network=network)
+    for name, (wide, shift) in wanted.items():
+        flow = ds.probability_flow(sampler, SOLVERS[name][0])
+        ends = [
+            float(flow.solve(EMPTY, jnp.array([y]), lambda x: x[0])[0])
+            for y in (0, 1.0)
+        ]
+        assert (ends[1] - ends[0]) / 0.3 - 1 == pytest.approx(wide, abs=6e-4)
+        assert ends[0] - 1 == pytest.approx(shift, abs=1e-3)
+
+
+def test_euler_steps_are_not_taken_together():
+    sampler = ds.samplers.scds(
+        2, 8, process=ds.processes.EulerVariancePreserving, schedule=SCHEDULE
+    )
+    flow = ds.probability_flow(sampler, ds.solvers.linear_end())
+    with pytest.raises(ValueError, match="variance-preserving process, got Euler"):
+        flow.solve(sampler.init(KEY), jnp.zeros(2), skewed_energy)
+    objective = ds.objectives.self_consistency(second_order=True)
+    with pytest.raises(ValueError, match="variance-preserving process, got Euler"):
+        objective.init(KEY, sampler, sampler.init(KEY), skewed_energy, None)
 
 
 def test_an_odd_step_is_left_to_the_frozen_control(x64):
@@ -88,6 +119,9 @@ def test_an_odd_step_is_left_to_the_frozen_control(x64):
         )
         a, b = (flow.solve(EMPTY, x, skewed_energy) for flow in flows)
         assert np.allclose(a, b) == (num_steps == 1)
+    sampler, exact = gaussian(SD)
+    odd = ds.probability_flow(sampler.with_num_steps(65), ds.solvers.linear_end())
+    np.testing.assert_allclose(odd.solve(EMPTY, x, skewed_energy), exact(x), atol=2e-3)
     assert ds.solvers.linear_end().num_calls(3) == 3
 
 

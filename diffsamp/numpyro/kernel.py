@@ -90,7 +90,7 @@ class DiffusionKernel(MCMCKernel):
             None for its own draws. A chain starts from one of 64, picked by the weight
             of its path: if one lies where the sampler has too little, from there, so
             that chains which cannot get away disagree with the others, and R-hat shows
-            it (`DiffusionSampler` gives its probe).
+            it (`DiffusionSampler` gives its probe where it is not trusted).
         init_strategy: as in NumPyro; for the local kernel's and the model's set-up.
 
     Raises:

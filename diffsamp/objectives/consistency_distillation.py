@@ -28,8 +28,8 @@ from diffsamp._distributions import standard_normal
 from diffsamp.objectives.common import keep_state, row_mean
 from diffsamp.objectives.teachers import (
     check_boundary,
-    check_even,
     check_pair,
+    check_second_order,
     check_teacher,
     follow,
 )
@@ -58,7 +58,7 @@ def consistency_distillation(
         ValueError: when the teacher has no flow, is untrained (as far as that can be
             told: not where all of its initial parameters are random, or none is), has
             other parameters than these, fewer than ``num_times - 1`` steps or pairs, or
-            an odd number of steps where they are to be taken in pairs; at the
+            is one whose steps cannot be taken in pairs where they are to be; at the
             start of training when the student is no `samplers.cdds`, its network is not
             the identity at t = 1, or it has another dimension, size of conditions,
             reference or noise schedule.
@@ -75,7 +75,7 @@ def consistency_distillation(
     """
     check_teacher(teacher, teacher_params)
     if second_order:
-        check_even("its number of steps", teacher.num_steps)
+        check_second_order(teacher, teacher.num_steps)
     stride = 2 if second_order else 1
     num_moves = teacher.num_steps // stride
     if not 2 <= num_times <= num_moves + 1:

@@ -36,6 +36,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffsamp._distributions import standard_normal
+from diffsamp.deterministic import ProbabilityFlow
 from diffsamp.objectives.common import keep_state, row_mean
 from diffsamp.objectives.teachers import (
     check_boundary,
@@ -43,6 +44,7 @@ from diffsamp.objectives.teachers import (
     check_teacher,
 )
 from diffsamp.sampler import Sampler
+from diffsamp.solvers import is_exact, linear_end
 from diffsamp.types import Cost, Objective, Params, Requirements
 
 _START, _NUDGE = 1e-3, 1e-6  # of time; the latter for the schedule's derivative
@@ -100,7 +102,6 @@ def continuous_consistency(
 
         def of_row(key, place, end, time, alpha, sigma, speed, condition):
             step = jax.tree.map(lambda column: column[place], steps)
-            step = step._replace(time=time)
             noise = standard_normal(key, end.shape, dtype)
             y = alpha * teacher.unit(end) + sigma * noise
             x = teacher.original(y)
@@ -137,12 +138,17 @@ def continuous_consistency(
 
 
 def _rates(teacher):
-    """Time, alpha, sigma and factor on c in v where steps start, [K] each."""
+    """Time, alpha, sigma and factor on c in v where steps start, [K] each.
+
+    The teacher learned its first step from time 0, not from where the student begins.
+    """
     times = teacher.process.coefficients(teacher.num_steps).times
-    times, later = np.maximum(times[:-1], _START), times[1:]
     signal = teacher.process.schedule.signal
-    low, high = times - _NUDGE, times + _NUDGE
+    start = np.maximum(times[:-1], _START)
+    low, high = start - _NUDGE, start + _NUDGE
     speed = (np.log(signal(high)) - np.log(signal(low))) / (high - low)
-    alpha = np.sqrt(signal(times))
-    share = 2 * alpha / (alpha + np.sqrt(signal(later)))  # (score + y) / c
-    return times, alpha, np.sqrt(1 - alpha**2), 0.5 * speed * share
+    alpha, share = np.sqrt(signal(start)), np.ones(teacher.num_steps)
+    if is_exact(ProbabilityFlow(teacher, linear_end()).grid):
+        learned = np.sqrt(signal(times))
+        share = 2 * alpha / (learned[:-1] + learned[1:])  # (score + y) / c
+    return start, alpha, np.sqrt(1 - alpha**2), 0.5 * speed * share

@@ -24,8 +24,8 @@ import numpy as np
 
 from diffsamp.objectives.common import keep_state, row_mean
 from diffsamp.objectives.teachers import (
-    check_even,
     check_pair,
+    check_second_order,
     check_teacher,
     follow,
 )
@@ -85,7 +85,7 @@ def progressive_distillation(
                 f"teacher {num}"
             )
         if second_order:
-            check_even("m", num // sampler.num_steps)
+            check_second_order(teacher, num // sampler.num_steps)
         return {}, jax.tree.map(jnp.asarray, teacher_params)
 
     def loss(params, teacher_params, batch):

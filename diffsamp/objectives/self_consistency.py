@@ -20,7 +20,7 @@ too wide by 7 %. With ``second_order`` the target of the shortest pair is that o
 steps are compared as before.
 
 States come from whatever behaviour there is and carry no gradient. The second short
-step of a control that is shown the score costs one energy gradient per row. The paper
+step of a control that is shown the score costs one energy gradient per pair. The paper
 divides by D once more and takes an optimiser step of its own for this loss.
 """
 
@@ -37,8 +37,9 @@ import numpy as np
 from diffsamp import solvers
 from diffsamp.deterministic import ProbabilityFlow
 from diffsamp.objectives.common import row_mean
+from diffsamp.objectives.teachers import check_second_order
 from diffsamp.sampler import Sampler
-from diffsamp.types import Array, Cost, Objective, Requirements
+from diffsamp.types import Array, Cost, Objective, Requirements, as_count
 
 
 class Pairs(Protocol):
@@ -123,8 +124,9 @@ def self_consistency(
         ValueError: when ema_decay is not in (0, 1) or pairs_per_path less than 1; at
             the start of training when the sampler has no probability flow, it is to
             share parameters between step counts (`samplers.scds`) with a network known
-            not to see the length of the step, its number of steps is odd, or its time
-            grid of half the steps is not every other time.
+            not to see the length of the step, its number of steps is odd, its time grid
+            of half the steps is not every other time, or its steps cannot be taken
+            together where they are to be.
 
     Example:
         >>> import diffsamp as ds
@@ -135,13 +137,14 @@ def self_consistency(
     """
     if ema_decay is not None and not 0 < ema_decay < 1:
         raise ValueError(f"ema_decay must be in (0, 1) or None, got {ema_decay}")
-    if pairs_per_path < 1:
-        raise ValueError(f"pairs_per_path must be at least 1, got {pairs_per_path}")
+    pairs_per_path = as_count("pairs_per_path", pairs_per_path)
 
     def init(key, sampler, params, energy, pilot):
         del key, energy, pilot
         _check_control(sampler)
         _check_grid(sampler)
+        if second_order:
+            check_second_order(sampler, 2)
         if ema_decay is None:
             return {}, ()
         return {}, jax.tree.map(jnp.asarray, params)
@@ -158,10 +161,13 @@ def self_consistency(
         num_long = jnp.asarray(sampler.num_steps) >> level
         place = jax.random.randint(for_place, shape, 0, num_long)
         condition = batch.condition if batch.condition.shape[-1] else None
-        grid = ProbabilityFlow(sampler, _LINEAR_END).grid
-        pair_weights = [
-            jnp.asarray(w, batch.paths.xs.dtype) for w in solvers.pair_weights(grid)
-        ]
+        pair_weights = []
+        if second_order:
+            grid, dtype = (
+                ProbabilityFlow(sampler, _LINEAR_END).grid,
+                batch.paths.xs.dtype,
+            )
+            pair_weights = [jnp.asarray(w, dtype) for w in solvers.pair_weights(grid)]
 
         def of_pair(num_long, place, path, condition):
             step_of = _steps_of_all_grids(sampler)

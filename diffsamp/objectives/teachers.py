@@ -51,8 +51,10 @@ def follow(
 
     A pair is taken as `solvers.linear_end` does.
     """
-    steps, flow = teacher.steps(), ProbabilityFlow(teacher, _LINEAR_END)
-    weights = [jnp.asarray(w, steps.time.dtype) for w in pair_weights(flow.grid)]
+    steps, weights = teacher.steps(), []
+    if second_order:
+        grid = ProbabilityFlow(teacher, _LINEAR_END).grid
+        weights = [jnp.asarray(w, steps.time.dtype) for w in pair_weights(grid)]
 
     def control_at(k, x):
         step = jax.tree.map(lambda column: column[k], steps)
@@ -73,13 +75,22 @@ def follow(
     return two if second_order else one
 
 
-def check_even(name: str, num_steps: int) -> None:
-    """Raises where steps cannot be taken in pairs."""
+def check_second_order(sampler: Sampler, num_steps: int) -> None:
+    """Raises where so many of a sampler's steps cannot be taken in pairs."""
     if num_steps % 2:
         raise ValueError(
-            f"second_order=True takes the teacher's steps in pairs: {name} must be "
-            f"even, got {num_steps}"
+            "second_order=True takes the teacher's steps in pairs: their number (of "
+            "progressive_distillation: in one step of the student) must be even, got "
+            f"{num_steps}"
         )
+    if sampler.finest not in (None, sampler.num_steps):
+        raise ValueError(
+            "second_order=True takes controls that were trained as kernels: a sampler "
+            "for many step counts with its training grid's "
+            f"{sampler.finest} steps, got {sampler.num_steps}, of which it knows "
+            "displacements; leave second_order=True out, or take all its steps"
+        )
+    pair_weights(ProbabilityFlow(sampler, _LINEAR_END).grid)  # refuses Euler steps
 
 
 def _leaves(params):

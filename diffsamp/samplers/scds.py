@@ -7,11 +7,12 @@ step. One set of parameters so serves every number of steps:
     p(x' | x) = N(sqrt(1 - a) x + a^(1/2) s K^(-1/2) u(x, t, d), a s^2),  d = t' - t,
 
 with a = a(t, t') from the noise schedule. An objective on paths of K = 128 steps makes
-u(., ., 1/128) the score of the noised target; ``objectives.self_consistency`` teaches
-one long step to go where two of half the length go along the probability flow
-(`Sampler.flow_step`), and so, doubling by doubling, a single step to do the work of
-all. The kernels, and therefore the weights, are valid at every number of steps; with
-few they are only as good as Gaussian kernels of the process' variance can be.
+u(., ., 1/128) what the score of the noised target asks for;
+``objectives.self_consistency`` teaches one long step to go where two of half the length
+go along the probability flow (`Sampler.flow_step`), and so, doubling by doubling, a
+single step to do the work of all. The kernels, and therefore the weights, are valid at
+every number of steps; with few they are only as good as Gaussian kernels of the
+process' variance can be.
 
 With ``learn_generation_variance`` the noise becomes the network's choice, and the mean
 follows it: with f the step of the flow, M the mean above and r the share of the
