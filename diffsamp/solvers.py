@@ -262,8 +262,8 @@ def linear_end() -> LinearEnd:
     The one to take with a control that was trained at the same step count (also of a
     step-conditioned sampler, at the number of steps of its training grid), or to teach
     others (``second_order=True`` of the objectives that do). The last of an odd number
-    of steps is one of `frozen`. Extrapolating to where there is no
-    noise it counts errors of the network in the last two steps about three times.
+    of steps is one of `frozen`. Extrapolating to where there is no noise it counts
+    errors of the network in the last two steps about three times.
 
     Raises:
         ValueError: when it is used, where steps are Euler's.

@@ -37,7 +37,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffsamp._distributions import standard_normal
-from diffsamp.deterministic import ProbabilityFlow
+from diffsamp.deterministic import probability_flow
 from diffsamp.objectives.common import keep_state, row_mean
 from diffsamp.objectives.teachers import (
     check_boundary,
@@ -45,7 +45,7 @@ from diffsamp.objectives.teachers import (
     check_teacher,
 )
 from diffsamp.sampler import Sampler
-from diffsamp.solvers import is_exact, linear_end
+from diffsamp.solvers import is_exact
 from diffsamp.types import Cost, Objective, Params, Requirements
 
 _START, _NUDGE = 1e-3, 1e-6  # of time; the latter for the schedule's derivative
@@ -148,6 +148,6 @@ def _rates(teacher):
     speed = (np.log(signal(high)) - np.log(signal(low))) / (high - low)
     alpha = np.sqrt(signal(times))
     share = np.ones(teacher.num_steps)  # (score + y) / c
-    if is_exact(ProbabilityFlow(teacher, linear_end()).grid):
+    if is_exact(probability_flow(teacher).grid):
         share = 2 * alpha / (alpha + np.sqrt(signal(later)))
     return times, alpha, np.sqrt(1 - alpha**2), 0.5 * speed * share

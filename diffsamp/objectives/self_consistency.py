@@ -34,10 +34,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffsamp import solvers
-from diffsamp.deterministic import ProbabilityFlow
 from diffsamp.objectives.common import row_mean
-from diffsamp.objectives.teachers import check_second_order
+from diffsamp.objectives.teachers import check_second_order, weights_of_pairs
 from diffsamp.sampler import Sampler
 from diffsamp.types import Array, Cost, Objective, Requirements, as_count
 
@@ -96,7 +94,6 @@ class Curriculum:
 
 
 _UNIFORM = Uniform()
-_LINEAR_END = solvers.linear_end()
 
 
 @functools.cache
@@ -161,13 +158,7 @@ def self_consistency(
         num_long = jnp.asarray(sampler.num_steps) >> level
         place = jax.random.randint(for_place, shape, 0, num_long)
         condition = batch.condition if batch.condition.shape[-1] else None
-        pair_weights = []
-        if second_order:
-            grid, dtype = (
-                ProbabilityFlow(sampler, _LINEAR_END).grid,
-                batch.paths.xs.dtype,
-            )
-            pair_weights = [jnp.asarray(w, dtype) for w in solvers.pair_weights(grid)]
+        weights_of_all = weights_of_pairs(sampler) if second_order else ()
 
         def of_pair(num_long, place, path, condition):
             step_of = _steps_of_all_grids(sampler)
@@ -183,7 +174,7 @@ def self_consistency(
             later = sampler.flow_control(short, second, middle, score_there, condition)
             if second_order:
                 shortest = 2 * num_long == sampler.num_steps
-                pair = (weights[place] for weights in pair_weights)
+                pair = (weights[place] for weights in weights_of_all)
                 share, later_share = (
                     jnp.where(shortest, weight, usual)
                     for weight, usual in zip(pair, (share, later_share), strict=True)

@@ -6,12 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffsamp.deterministic import ProbabilityFlow
+from diffsamp.deterministic import probability_flow
 from diffsamp.sampler import Sampler
-from diffsamp.solvers import linear_end, pair_weights
+from diffsamp.solvers import pair_weights
 from diffsamp.types import Array, Energy, Params
 
-_LINEAR_END = linear_end()
 _LEARNED = ("generation", "backbone")  # what the flow depends on
 
 
@@ -51,10 +50,7 @@ def follow(
 
     A pair is taken as `solvers.linear_end` does.
     """
-    steps, weights = teacher.steps(), []
-    if second_order:
-        grid = ProbabilityFlow(teacher, _LINEAR_END).grid
-        weights = [jnp.asarray(w, steps.time.dtype) for w in pair_weights(grid)]
+    steps = teacher.steps()
 
     def control_at(k, x):
         step = jax.tree.map(lambda column: column[k], steps)
@@ -66,13 +62,24 @@ def follow(
         control, share = control_at(k, x)
         return teacher.original(teacher.unit(x) + share * control)
 
+    if not second_order:
+        return one
+    of_first, of_second = weights_of_pairs(teacher)
+
     def two(k, x):
         y = teacher.unit(x)
         now, share = control_at(2 * k, x)
         later, _ = control_at(2 * k + 1, teacher.original(y + share * now))
-        return teacher.original(y + weights[0][k] * now + weights[1][k] * later)
+        return teacher.original(y + of_first[k] * now + of_second[k] * later)
 
-    return two if second_order else one
+    return two
+
+
+def weights_of_pairs(sampler: Sampler) -> tuple[Array, Array]:
+    """Factors on the two controls of each pair of steps, `solvers.pair_weights`."""
+    dtype = jax.dtypes.canonicalize_dtype(float)
+    first, second = pair_weights(probability_flow(sampler).grid)
+    return jnp.asarray(first, dtype), jnp.asarray(second, dtype)
 
 
 def check_second_order(sampler: Sampler, num_steps: int) -> None:
@@ -90,7 +97,7 @@ def check_second_order(sampler: Sampler, num_steps: int) -> None:
             f"{sampler.finest} steps, got {sampler.num_steps}, of which it knows "
             "displacements; leave second_order=True out, or take all its steps"
         )
-    pair_weights(ProbabilityFlow(sampler, _LINEAR_END).grid)  # refuses Euler steps
+    weights_of_pairs(sampler)  # refuses Euler steps
 
 
 def _leaves(params):
