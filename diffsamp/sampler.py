@@ -704,15 +704,25 @@ class Sampler:
         return Final(self.original(run.y), log_weight, run.energy)
 
     def rollout(
-        self, params: Params, key: Key, energy: Energy, condition: Array | None = None
+        self,
+        params: Params,
+        key: Key,
+        energy: Energy,
+        condition: Array | None = None,
+        *,
+        keep_states: bool = False,
     ) -> tuple[Trajectory, Path]:
         """`__call__`, differentiable through the simulation in O(sqrt(K)) memory.
 
         Only the energy of the last state is differentiated; scores shown to networks
         carry no gradient and are kept, so that no energy is evaluated again in the
         backward pass. Returns the trajectory and the path it was scored on.
+
+        With ``keep_states`` the K states are kept, too (`bytes_of_states`), and each
+        step is computed twice on the whole instead of three times.
         """
-        run = self._run(params, key, energy, condition, remat=True, keep=True)
+        remat = _step_scan if keep_states else _sqrt_scan
+        run = self._run(params, key, energy, condition, remat=remat, keep=True)
         y, score, path, energy_value = run.y, run.score, run.path, run.energy
         if not self.needs_score:  # otherwise it is known already
             energy_value, score = self._score_at(self._bind(energy, condition), y)
@@ -726,6 +736,13 @@ class Sampler:
             path.xs, run.log_prior, run.densities, energy_value
         )
         return trajectory, path._replace(densities=run.densities)
+
+    @property
+    def bytes_of_states(self) -> int:
+        """Memory that `rollout` takes for the states of one path if it keeps them."""
+        features = 0 if self.backbone is None else self.backbone.feature_dim
+        size = self.dim * (1 + self.needs_score) + features + 1
+        return self.num_steps * size * self._dtype.itemsize
 
     # -- one step ---------------------------------------------------------------------
 
@@ -853,14 +870,14 @@ class Sampler:
         condition: Array | None,
         *,
         keep: bool = False,
-        remat: bool = False,
+        remat: Callable[..., Any] | None = None,
         extra_std: Array | float = 0.0,
     ) -> _Run:
         """Simulates. Scores are computed once per state and carried on.
 
         States that are kept are written into the arrays in which they are returned; for
-        rematerialisation, which would store these arrays at every segment, they are put
-        together in the end.
+        rematerialisation (a scan in place of `lax.scan`), which would store these
+        arrays at every segment, they are put together in the end.
         """
         self._check_condition(condition)
         key, dtype = as_key(key), self._dtype
@@ -890,7 +907,7 @@ class Sampler:
             destruction = self._destroy(params, step, y_next, next_seen, condition)
             densities = self._densities(y, y_next, (mean, std), destruction)
             state = (self.original(y_next), value, next_score) if keep else None
-            if keep and not remat:
+            if keep and remat is None:
                 kept, state = _put(kept, step.index + 1, state), None
             return (y_next, next_seen, value, kept), (densities, state)
 
@@ -898,16 +915,16 @@ class Sampler:
         features = self._features(params, y, steps.time[0], condition)
         value, score = self._value_and_score(energy, y)
         first, kept = (self.original(y), value, score), None
-        if keep and not remat:
+        if keep and remat is None:
             kept = _put(self._empty(first), 0, first)
         carry = (y, _Seen(score, features), value, kept)
-        scan = _sqrt_scan if remat else jax.lax.scan
+        scan = jax.lax.scan if remat is None else remat
         (y, seen, value, kept), (densities, later) = scan(body, carry, steps)
         if not self.needs_score:
             value = energy(self.original(y))
         path = None
         if keep:
-            if remat:
+            if remat is not None:
                 kept = jax.tree.map(
                     lambda a, b: jnp.concatenate([a[None], b]), first, later
                 )
@@ -1053,6 +1070,17 @@ def _numbers(name: str, value: Any, dim: int) -> float | tuple[float, ...]:
     return tuple(float(v) for v in array)
 
 
+def _recomputed(body):
+    """Of whose steps nothing is kept but energies and scores."""
+    keep = jax.checkpoint_policies.save_only_these_names(_EVALUATED)
+    return jax.checkpoint(body, prevent_cse=False, policy=keep)
+
+
+def _step_scan(body, carry, xs):
+    """`lax.scan` whose backward pass stores K carries and recomputes every step."""
+    return jax.lax.scan(_recomputed(body), carry, xs)
+
+
 def _sqrt_scan(body, carry, xs):
     """`lax.scan` whose backward pass stores O(sqrt(K)) carries.
 
@@ -1062,20 +1090,14 @@ def _sqrt_scan(body, carry, xs):
     length = jax.tree.leaves(xs)[0].shape[0]
     inner = max(1, int(math.sqrt(length)))
     outer, rest = divmod(length, inner)
-    keep = jax.checkpoint_policies.save_only_these_names(_EVALUATED)
-    step = jax.checkpoint(body, prevent_cse=False, policy=keep)
 
     def segment(carry, xs):
-        return jax.lax.scan(step, carry, xs)
+        return _step_scan(body, carry, xs)
 
     def split(x):
         return x[: outer * inner].reshape((outer, inner) + x.shape[1:])
 
-    carry, head = jax.lax.scan(
-        jax.checkpoint(segment, prevent_cse=False, policy=keep),
-        carry,
-        jax.tree.map(split, xs),
-    )
+    carry, head = _step_scan(segment, carry, jax.tree.map(split, xs))
     head = jax.tree.map(lambda x: x.reshape((outer * inner,) + x.shape[2:]), head)
     if not rest:
         return carry, head

@@ -51,6 +51,7 @@ from diffsamp.types import (
 )
 
 MAX_CHUNK = 500
+STATES_MEMORY = 2**28  # bytes of states that `rollout` may keep on a device
 
 Conditions = Callable[[Key, int], Array]
 
@@ -250,8 +251,12 @@ def batch_loss(
     rollouts = None
     if proposal is None:
         each = jax.random.split(for_paths, request.group.shape[0])
+        num_rows = each.shape[0] // (1 if mesh is None else mesh.size)
+        room = STATES_MEMORY if memory_budget is None else memory_budget
+        keep_states = num_rows * sampler.bytes_of_states <= room
+        rollout = functools.partial(sampler.rollout, keep_states=keep_states)
         each = meshes.spread(mesh, each)
-        roll = jax.vmap(sampler.rollout, in_axes=(None, 0, None, 0))
+        roll = jax.vmap(rollout, in_axes=(None, 0, None, 0))
         rollouts, paths = roll(params["sampler"], each, energy, condition)
         proposal = common.proposal(paths, simulated=True, on_policy=True)
     trajectories, outside = scoring.score_paths(
@@ -462,8 +467,9 @@ def fit(
             train on, an array [N, C] or a function ``(key, n) -> [n, C]``.
         paths_per_condition: rows of a batch that share a condition; divides batch_size.
         memory_budget: bytes that differentiating the densities of paths may take at a
-            time; by default what suits the cache of a CPU, or 1 GiB. Results do not
-            depend on it but for rounding.
+            time; by default what suits the cache of a CPU, or 1 GiB. Gradients through
+            the simulation keep all states where they fit, by default 256 MiB. Results
+            do not depend on it but for rounding.
         mesh: devices to spread the rows of every batch over; it must divide batch_size.
             Parameters and buffers are whole on each. Results do not depend on it but
             for rounding, and a checkpoint may be resumed on another number of devices.

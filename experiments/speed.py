@@ -74,10 +74,6 @@ OBJECTIVES = {
     "log_variance": ds.objectives.log_variance,
     "trajectory_balance": ds.objectives.trajectory_balance,
 }
-# Network evaluations of an update in units of K B forward ones. Detached: to simulate,
-# and forwards and twice backwards to score. Reverse KL: to simulate, again for every
-# segment, again for every step, and twice backwards.
-PASSES = {"reverse_kl": 5, "log_variance": 4, "trajectory_balance": 4}
 GIBI, MEBI = 2**30, 2**20
 LOCK = pathlib.Path(tempfile.gettempdir()) / "diffsamp_speed.lock"
 
@@ -213,6 +209,19 @@ def peak_bytes():
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
+def passes_of(cell, sampler):
+    """Network evaluations of an update in units of K B forward ones.
+
+    Detached: to simulate, and forwards and twice backwards to score. Reverse KL: to
+    simulate, again for every step, and twice backwards; where the states of a batch are
+    too many to be kept, once more for every segment.
+    """
+    if cell["objective"] != "reverse_kl":
+        return 4
+    size = cell["batch_size"] // (cell.get("mesh") or 1)
+    return 4 if size * sampler.bytes_of_states <= training.STATES_MEMORY else 5
+
+
 def sampler_of(cell, target, make=ds.samplers.pis):
     network = network_of(cell["network"], cell["width"])
     if cell.get("bfloat16"):
@@ -260,8 +269,7 @@ def measure_updates(cell, seconds):
             cpus.append((time.process_time() - cpu) / num)
             walls.append((run.seconds - run.compile_seconds) / num)
     per_state, per_step = network_flops(sampler)
-    passes = PASSES[cell["objective"]]
-    flops = passes * cell["num_steps"] * (size * per_state + per_step)
+    flops = passes_of(cell, sampler) * cell["num_steps"] * (size * per_state + per_step)
     calls = run.num_gradient_evaluations / num
     stored = 4 * size * (cell["num_steps"] + 1) * target.dim
     stored *= 2 if sampler.needs_score else 1

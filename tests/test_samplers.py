@@ -219,7 +219,9 @@ def _by_hand(sampler, params, y, noise):
 
     log_volume = jnp.sum(jnp.log(scale))
     total = 0.0
-    if not sampler.process.point_mass:
+    if sampler.prior is not None:
+        total = -sampler.prior.log_density(params["prior"], y) + log_volume
+    elif not sampler.process.point_mass:
         total = -_log_normal(y, jnp.zeros(2), jnp.ones(2)) + log_volume
     for k in range(sampler.num_steps):
         t, t_next, gain = table.times[k], table.times[k + 1], table.score_gain[k]
@@ -242,15 +244,18 @@ def _by_hand(sampler, params, y, noise):
     return total - skewed_energy(loc + scale * y), jnp.stack(used)
 
 
+@pytest.mark.parametrize("keep_states", [False, True])
 @pytest.mark.parametrize("name", mostly_slow(SAMPLERS, "dis_free"))
-def test_rollout_gradient_is_that_of_a_plain_loop(x64, name):
+def test_rollout_gradient_is_that_of_a_plain_loop(x64, name, keep_states):
     sampler = SAMPLERS[name](num_steps=5)  # two segments of two steps, and one more
     params = perturbed(sampler.init(jax.random.key(0)), 0.2)
 
     @jax.jit
     @functools.partial(jax.value_and_grad, has_aux=True)
     def rollout(params):
-        trajectory, path = sampler.rollout(params, jax.random.key(1), skewed_energy)
+        trajectory, path = sampler.rollout(
+            params, jax.random.key(1), skewed_energy, keep_states=keep_states
+        )
         return trajectory.log_weight, (trajectory, path)
 
     (log_weight, (trajectory, path)), gradient = rollout(params)
@@ -263,15 +268,19 @@ def test_rollout_gradient_is_that_of_a_plain_loop(x64, name):
     value, expected = naive(params)
     assert float(log_weight) == pytest.approx(float(value), rel=1e-11)
     assert_trees_close(gradient, expected, rtol=1e-10, atol=1e-11)
-    assert all(np.any(leaf != 0) for leaf in jax.tree.leaves(gradient))
+    for path, leaf in jax.tree_util.tree_leaves_with_path(gradient):
+        name_of = jax.tree_util.keystr(path)
+        constant = "prior" in name_of or "mixture" in name_of
+        assert np.any(leaf != 0) != constant
 
 
-def _backward_bytes(sampler, params, batch_size=64):
+def _backward_bytes(sampler, params, batch_size=64, **options):
     @jax.jit
     @jax.grad
     def gradient(params, keys):
         def one(key):
-            return sampler.rollout(params, key, skewed_energy)[0].log_weight
+            rolled, _ = sampler.rollout(params, key, skewed_energy, **options)
+            return rolled.log_weight
 
         return jnp.mean(jax.vmap(one)(keys))
 
@@ -287,6 +296,16 @@ def test_rollout_memory_grows_like_the_root_of_the_step_count(name):
     params = sampler.init(jax.random.key(0))
     few, many = (_backward_bytes(sampler.with_num_steps(k), params) for k in (16, 256))
     assert many < 6 * few  # 4 by the root of 16, and the scores, which are kept
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_rollout_keeps_the_states_it_says(name):
+    sampler = SAMPLERS[name](num_steps=256)
+    params, size = sampler.init(jax.random.key(0)), 64
+    without = _backward_bytes(sampler, params, size)
+    kept = _backward_bytes(sampler, params, size, keep_states=True)
+    assert kept - without < 1.5 * size * sampler.bytes_of_states
 
 
 # -- cost -----------------------------------------------------------------------------

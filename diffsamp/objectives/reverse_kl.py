@@ -5,7 +5,8 @@
 so that ``loss = KL(generation paths || destruction paths of the target) - log Z``:
 minus the ELBO. Zhang and Chen 2022, eq. 9; Vargas et al. 2023. Only on-policy paths
 make sense. The simulation is rematerialised: beside the scores that the networks were
-shown, 2 sqrt(K) states and one step's activations are held at a time. Mode-seeking.
+shown, its states (2 sqrt(K) of them where all would be more than `fit(memory_budget)`)
+and one step's activations are held at a time. Mode-seeking.
 """
 
 from __future__ import annotations
