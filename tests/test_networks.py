@@ -1,5 +1,7 @@
 """Controls: what they are at initialisation, what they clip, what they may look at."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -184,6 +186,43 @@ def test_width_and_depth():
 
     assert (16, 16) in shapes(16, 2)
     assert len(shapes(16, 3)) == len(shapes(16, 2)) + 2  # a kernel and a bias
+
+
+WITH_OCTAVES = {
+    "free": (ds.networks.free, DIM),
+    "score_guided": (ds.networks.score_guided, DIM),
+    "annealed_score_guided": (ds.networks.annealed_score_guided, DIM),
+    "reference_guided": (ds.networks.reference_guided, DIM),
+    "coordinatewise": (ds.networks.coordinatewise, 1),
+    "consistency": (ds.networks.consistency, DIM),
+    "data_prediction": (
+        functools.partial(ds.networks.data_prediction, ds.schedules.geometric(0.1)),
+        DIM,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WITH_OCTAVES)
+def test_octaves_are_seen_beside_the_state(name):
+    make, num_seen = WITH_OCTAVES[name]
+    few, many = make(width=8, depth=1), make(width=8, depth=1, octaves=3)
+    sizes = [
+        sum(leaf.size for leaf in jax.tree.leaves(n.init(jax.random.key(0), DIM, 0)))
+        for n in (few, many)
+    ]
+    assert sizes[1] - sizes[0] == 8 * 6 * num_seen
+    params = perturbed(many.init(jax.random.key(0), DIM, 0), 0.3)
+    seen = context(many.needs_score)._replace(step_size=jnp.array(0.5))
+    out = many(params, X, T, seen)
+    assert out.shape == (DIM,)
+    assert np.all(np.isfinite(out))
+
+
+def test_octaves_are_waves_of_doubled_frequency():
+    x = jnp.array([0.3, -1.0])
+    expected = [x, np.sin(x), np.cos(x), np.sin(2 * x), np.cos(2 * x)]
+    found = ds.networks.with_octaves(x, 2)
+    np.testing.assert_allclose(found, np.concatenate(expected), rtol=1e-6)
 
 
 class Linear(nn.Module):

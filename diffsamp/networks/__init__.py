@@ -32,6 +32,7 @@ from diffsamp.networks.data_prediction import data_prediction as data_prediction
 from diffsamp.networks.fourier import FourierFeatures as FourierFeatures
 from diffsamp.networks.fourier import FourierMLP as FourierMLP
 from diffsamp.networks.fourier import TimeScale as TimeScale
+from diffsamp.networks.fourier import with_octaves as with_octaves
 from diffsamp.networks.mixture import MixtureGuidedModule as MixtureGuidedModule
 from diffsamp.networks.mixture import mixture_guided as mixture_guided
 from diffsamp.networks.precision import ReducedPrecision as ReducedPrecision
@@ -70,4 +71,5 @@ __all__ = [
     "reduced_precision",
     "reference_guided",
     "score_guided",
+    "with_octaves",
 ]

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from diffsamp.networks.base import Context, LinenControl
+from diffsamp.networks.controls import clip_outputs
 from diffsamp.networks.fourier import FourierMLP
 from diffsamp.types import Array
 
@@ -13,7 +14,7 @@ _HIGHEST = 5.0  # frequency of time; `objectives.continuous_consistency` takes d
 
 
 class ConsistencyModule(nn.Module):
-    """``u = gain f``, ``f = c_skip(s) x + c_out(s) F(x, s)``, ``s = 1 - t``.
+    """``u = gain f``, ``f = c_skip(s) x + c_out(s) clip(F(x, s))``, ``s = 1 - t``.
 
     ``c_skip = d^2 / (s^2 + d^2)`` and ``c_out = s d / (s^2 + d^2)^(1/2)`` make f(x, t)
     the identity at t = 1.
@@ -22,18 +23,21 @@ class ConsistencyModule(nn.Module):
     width: int
     depth: int
     data_std: float
+    output_clip: float
     learn_variance: bool = False
+    octaves: int = 0
 
     @nn.compact
     def __call__(self, x: Array, t: Array, context: Context) -> Array:
         size = x.shape[-1]
         num_outputs = size * (1 + self.learn_variance)
-        mlp = FourierMLP(self.width, self.depth, num_outputs, _HIGHEST)
+        size_of = self.width, self.depth, num_outputs
+        mlp = FourierMLP(*size_of, _HIGHEST, self.octaves)
         out = mlp(x, t, context.condition)
         remaining, square = 1 - t, self.data_std**2
         spread = remaining**2 + square
         skip, gain = square / spread, remaining * self.data_std / jnp.sqrt(spread)
-        end = skip * x + gain * out[:size]
+        end = skip * x + gain * clip_outputs(out[:size], self.output_clip)
         return jnp.concatenate([context.gain * end, out[size:]])
 
 
@@ -42,7 +46,9 @@ def consistency(
     depth: int = 2,
     *,
     data_std: float = 0.5,
+    output_clip: float = 20.0,
     learn_variance: bool = False,
+    octaves: int = 0,
 ) -> LinenControl:
     """A consistency function, for `samplers.cdds`; it never sees the energy.
 
@@ -50,12 +56,19 @@ def consistency(
         width: hidden width.
         depth: hidden layers.
         data_std: d, about the target's standard deviation in units of the reference's.
+        output_clip: bound on each F, which is of order 1 where d is right. Of several
+            steps each starts where the one before has arrived: a network that has never
+            seen a place must not send it further off.
         learn_variance: whether it also returns log-variances, see `Control`.
+        octaves: sines and cosines of 1, 2, 4, ... times the state that it sees, too;
+            four or so for a target of several modes.
 
     Raises:
-        ValueError: when data_std is not positive.
+        ValueError: when data_std or output_clip is not positive.
     """
-    if not data_std > 0:
-        raise ValueError(f"data_std must be positive, got {data_std}")
-    module = ConsistencyModule(width, depth, float(data_std), learn_variance)
+    for name, value in (("data_std", data_std), ("output_clip", output_clip)):
+        if not value > 0:
+            raise ValueError(f"{name} must be positive, got {value}")
+    bounds = float(data_std), float(output_clip)
+    module = ConsistencyModule(width, depth, *bounds, learn_variance, octaves)
     return LinenControl(module, needs_score=False)

@@ -37,6 +37,7 @@ class _Head(nn.Module):
     learn_variance: bool
     step_conditioned: bool
     flow_tied: bool
+    octaves: int
 
     @nn.compact
     def __call__(self, x: Array, t: Array, context: Context) -> tuple[Array, Array]:
@@ -54,7 +55,8 @@ class _Head(nn.Module):
                 param_dtype=context.features.dtype,
             )(context.features)
         else:
-            mlp = FourierMLP(self.width, self.depth, num_outputs)
+            size_of = self.width, self.depth, num_outputs
+            mlp = FourierMLP(*size_of, octaves=self.octaves)
             step_size = context.step_size if self.step_conditioned else None
             out = mlp(x, t, context.condition, step_size)
         drift, log_variance, residual = (
@@ -74,6 +76,7 @@ def _head(module) -> _Head:
         module.learn_variance,
         module.step_conditioned,
         module.flow_tied,
+        module.octaves,
     )
 
 
@@ -86,6 +89,7 @@ class FreeModule(nn.Module):
     learn_variance: bool = False
     step_conditioned: bool = False
     flow_tied: bool = False
+    octaves: int = 0
 
     @nn.compact
     def __call__(self, x: Array, t: Array, context: Context) -> Array:
@@ -104,6 +108,7 @@ class ScoreGuidedModule(nn.Module):
     learn_variance: bool = False
     step_conditioned: bool = False
     flow_tied: bool = False
+    octaves: int = 0
 
     @nn.compact
     def __call__(self, x: Array, t: Array, context: Context) -> Array:
@@ -130,6 +135,7 @@ class AnnealedScoreModule(nn.Module):
     learn_variance: bool = False
     step_conditioned: bool = False
     flow_tied: bool = False
+    octaves: int = 0
 
     @nn.compact
     def __call__(self, x: Array, t: Array, context: Context) -> Array:
@@ -150,6 +156,7 @@ class ReferenceGuidedModule(nn.Module):
     learn_variance: bool = False
     step_conditioned: bool = False
     flow_tied: bool = False
+    octaves: int = 0
 
     @nn.compact
     def __call__(self, x: Array, t: Array, context: Context) -> Array:
@@ -167,6 +174,7 @@ def free(
     learn_variance: bool = False,
     step_conditioned: bool = False,
     flow_tied: bool = False,
+    octaves: int = 0,
 ) -> LinenControl:
     """A Fourier MLP that never asks for the energy gradient.
 
@@ -177,6 +185,8 @@ def free(
         learn_variance: whether it also returns log-variances, see `Control`.
         step_conditioned: whether it sees the length of the step.
         flow_tied: whether it returns log-variances and residuals, see `Control`.
+        octaves: sines and cosines of 1, 2, 4, ... times the state that it sees, too;
+            four or so where few steps have to go far apart from near together.
 
     Example:
         >>> import diffsamp as ds
@@ -185,7 +195,13 @@ def free(
     """
     return LinenControl(
         FreeModule(
-            width, depth, output_clip, learn_variance, step_conditioned, flow_tied
+            width,
+            depth,
+            output_clip,
+            learn_variance,
+            step_conditioned,
+            flow_tied,
+            octaves,
         ),
         needs_score=False,
     )
@@ -201,6 +217,7 @@ def score_guided(
     learn_variance: bool = False,
     step_conditioned: bool = False,
     flow_tied: bool = False,
+    octaves: int = 0,
 ) -> LinenControl:
     """Fourier MLP plus a learned multiple of the target score (PIS and DDS papers).
 
@@ -213,6 +230,8 @@ def score_guided(
         learn_variance: whether it also returns log-variances, see `Control`.
         step_conditioned: whether it sees the length of the step.
         flow_tied: whether it returns log-variances and residuals, see `Control`.
+        octaves: sines and cosines of 1, 2, 4, ... times the state that it sees, too;
+            four or so where few steps have to go far apart from near together.
     """
     module = ScoreGuidedModule(
         width,
@@ -223,6 +242,7 @@ def score_guided(
         learn_variance,
         step_conditioned,
         flow_tied,
+        octaves,
     )
     return LinenControl(module, needs_score=True)
 
@@ -237,6 +257,7 @@ def annealed_score_guided(
     learn_variance: bool = False,
     step_conditioned: bool = False,
     flow_tied: bool = False,
+    octaves: int = 0,
 ) -> LinenControl:
     """Fourier MLP plus the score interpolated from reference to target (DIS paper).
 
@@ -251,6 +272,8 @@ def annealed_score_guided(
         learn_variance: whether it also returns log-variances, see `Control`.
         step_conditioned: whether it sees the length of the step.
         flow_tied: whether it returns log-variances and residuals, see `Control`.
+        octaves: sines and cosines of 1, 2, 4, ... times the state that it sees, too;
+            four or so where few steps have to go far apart from near together.
     """
     module = AnnealedScoreModule(
         width,
@@ -261,6 +284,7 @@ def annealed_score_guided(
         learn_variance,
         step_conditioned,
         flow_tied,
+        octaves,
     )
     return LinenControl(module, needs_score=True)
 
@@ -272,6 +296,7 @@ def reference_guided(
     output_clip: float = 1e4,
     learn_variance: bool = False,
     step_conditioned: bool = False,
+    octaves: int = 0,
 ) -> LinenControl:
     """Fourier MLP plus the reference score fading out: the bridge's destruction drift.
 
@@ -281,9 +306,15 @@ def reference_guided(
         output_clip: bound on each output of the MLP.
         learn_variance: whether it also returns log-variances, see `Control`.
         step_conditioned: whether it sees the length of the step.
+        octaves: as in `free`.
     """
     module = ReferenceGuidedModule(
-        width, depth, output_clip, learn_variance, step_conditioned
+        width,
+        depth,
+        output_clip,
+        learn_variance,
+        step_conditioned,
+        octaves=octaves,
     )
     return LinenControl(module, needs_score=False)
 

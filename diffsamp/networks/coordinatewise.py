@@ -19,7 +19,7 @@ from flax import linen as nn
 
 from diffsamp.networks.base import Context, LinenControl
 from diffsamp.networks.controls import annealed_guide, clip_outputs
-from diffsamp.networks.fourier import FourierMLP, TimeScale
+from diffsamp.networks.fourier import FourierMLP, TimeScale, with_octaves
 from diffsamp.types import Array
 
 
@@ -35,16 +35,17 @@ class CoordinatewiseModule(nn.Module):
     learn_variance: bool = False
     step_conditioned: bool = False
     flow_tied: bool = False
+    octaves: int = 0
 
     @nn.compact
     def __call__(self, x: Array, t: Array, context: Context) -> Array:
         step_size = context.step_size if self.step_conditioned else None
         summary = FourierMLP(self.width, 1, None)(x, t, context.condition, step_size)
         dtype = summary.dtype
-        own = x[:, None]
+        own = with_octaves(x[:, None], self.octaves)
         if self.use_score:
             score = clip_outputs(context.score, self.score_clip)
-            own = jnp.stack([x, jnp.arcsinh(score)], axis=1)
+            own = jnp.concatenate([own, jnp.arcsinh(score)[:, None]], axis=1)
         embedding = self.param(
             "embedding", nn.initializers.normal(0.5), (len(x), self.width), dtype
         )
@@ -78,6 +79,7 @@ def coordinatewise(
     learn_variance: bool = False,
     step_conditioned: bool = False,
     flow_tied: bool = False,
+    octaves: int = 0,
 ) -> LinenControl:
     """One network for all coordinates, and the score as `annealed_score_guided` has it.
 
@@ -94,6 +96,7 @@ def coordinatewise(
         learn_variance: whether it also returns log-variances, see `Control`.
         step_conditioned: whether it sees the length of the step.
         flow_tied: whether it returns log-variances and residuals, see `Control`.
+        octaves: of each coordinate, as in `networks.free`.
 
     Example:
         >>> import diffsamp as ds
@@ -110,5 +113,6 @@ def coordinatewise(
         learn_variance,
         step_conditioned,
         flow_tied,
+        octaves,
     )
     return LinenControl(module, needs_score=use_score)

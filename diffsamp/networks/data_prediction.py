@@ -32,12 +32,14 @@ class DataPredictionModule(nn.Module):
     schedule: NoiseSchedule
     learn_variance: bool = False
     flow_tied: bool = False
+    octaves: int = 0
 
     @nn.compact
     def __call__(self, x: Array, t: Array, context: Context) -> Array:
         size = x.shape[-1]
         num_outputs = size * (3 if self.flow_tied else 1 + self.learn_variance)
-        mlp = FourierMLP(self.width, self.depth, num_outputs)
+        size_of = self.width, self.depth, num_outputs
+        mlp = FourierMLP(*size_of, octaves=self.octaves)
         out = mlp(x, t, context.condition, context.step_size)
         assert context.step_size is not None
         signals = (self.schedule.signal(time) for time in (t, t + context.step_size))
@@ -56,6 +58,7 @@ def data_prediction(
     *,
     learn_variance: bool = False,
     flow_tied: bool = False,
+    octaves: int = 0,
 ) -> LinenControl:
     """A step-conditioned network that predicts the end of the path; no energy.
 
@@ -67,6 +70,7 @@ def data_prediction(
         depth: hidden layers.
         learn_variance: whether it also returns log-variances, see `Control`.
         flow_tied: whether it returns log-variances and residuals, see `Control`.
+        octaves: as in `networks.free`.
 
     Example:
         >>> import diffsamp as ds
@@ -75,5 +79,7 @@ def data_prediction(
         ...     dim=2, schedule=schedule, network=ds.networks.data_prediction(schedule)
         ... )
     """
-    module = DataPredictionModule(width, depth, schedule, learn_variance, flow_tied)
+    module = DataPredictionModule(
+        width, depth, schedule, learn_variance, flow_tied, octaves
+    )
     return LinenControl(module, needs_score=False)

@@ -34,6 +34,30 @@ class FourierFeatures(nn.Module):
         return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)])
 
 
+def with_octaves(x: Array, count: int) -> Array:
+    """Coordinates, and sines and cosines of 1, 2, 4, ... times each.
+
+    An MLP is slow to learn a function that is steep in what it sees (Tancik et al.
+    2020, arXiv 2006.10739), such as where a path ends from where it starts if there are
+    several modes.
+
+    Args:
+        x: coordinates, [..., N].
+        count: how many frequencies.
+
+    Returns:
+        [..., N (1 + 2 count)].
+
+    Example:
+        >>> import jax.numpy as jnp, diffsamp as ds
+        >>> ds.networks.with_octaves(jnp.zeros(2), 3).shape
+        (14,)
+    """
+    angles = [2.0**k * x for k in range(count)]
+    waves = [wave(angle) for angle in angles for wave in (jnp.sin, jnp.cos)]
+    return jnp.concatenate([x, *waves], axis=-1)
+
+
 class FourierMLP(nn.Module):
     """Sum of embeddings of state, time, condition and step, then ``depth`` GELU layers.
 
@@ -45,12 +69,14 @@ class FourierMLP(nn.Module):
         out_dim: outputs; 0 means as many as the state has, None no last layer: it
             returns ``width`` features.
         highest: highest frequency of time and step.
+        octaves: see `with_octaves`.
     """
 
     width: int = 64
     depth: int = 2
     out_dim: int | None = 0
     highest: float = 100.0
+    octaves: int = 0
 
     @nn.compact
     def __call__(
@@ -66,7 +92,8 @@ class FourierMLP(nn.Module):
             return nn.Dense(self.width, param_dtype=_dtype())(nn.gelu(hidden))
 
         time = embed(t)
-        hidden = nn.Dense(self.width, param_dtype=_dtype())(x) + time
+        inputs = with_octaves(x, self.octaves)
+        hidden = nn.Dense(self.width, param_dtype=_dtype())(inputs) + time
         if condition is not None:
             hidden += nn.Dense(self.width, param_dtype=_dtype())(condition)
         if step_size is not None:
