@@ -78,10 +78,12 @@ class Cell:
     num_updates: int = 3_000
     student_updates: int = 15_000  # of cdds, which cost a tenth of the teacher's
     width: int = 64
+    depth: int = 2
     batch_size: int = 128
     huber: float | None = None
     consistency: float = 10.0  # weight of self-consistency and of distillation
     coordinatewise: bool = False  # one network for all coordinates
+    octaves: int = 0  # of the state that networks see
     num_draws: int = 20_000  # five times as many in at most eight steps
     num_repeats: int = 10  # pairs of sets of points, for distances at both ends
     num_timed: int = 100_000
@@ -166,25 +168,25 @@ def make_sampler(cell, method, dim):
         "schedule": ds.schedules.geometric(cell.smallest_scale),
     }
     control = networks.annealed_score_guided
-    back = networks.free(cell.width, learn_variance=True, step_conditioned=True)
+    size, seen = (cell.width, cell.depth), {"octaves": cell.octaves}
+    learned = {"learn_variance": True, "step_conditioned": True, **seen}
+    back = networks.free(*size, **learned)
     if cell.coordinatewise:
         control = networks.coordinatewise
-        back = control(
-            cell.width, use_score=False, learn_variance=True, step_conditioned=True
-        )
+        back = control(*size, use_score=False, **learned)
     if method == "teacher":
-        network = control(cell.width)
+        network = control(*size, **seen)
         return ds.samplers.dis(num_steps=cell.num_steps, network=network, **process)
     if method == "cdds":
         return ds.samplers.cdds(
-            network=networks.consistency(cell.width, learn_variance=True),
+            network=networks.consistency(*size, learn_variance=True, **seen),
             destruction_network=back,
             **process,
         )
     tied = method == "any_step"
     return ds.samplers.scds(
         num_steps=cell.num_steps,
-        network=control(cell.width, step_conditioned=True, flow_tied=tied),
+        network=control(*size, step_conditioned=True, flow_tied=tied, **seen),
         destruction_network=back if tied else None,
         **process,
     )
@@ -193,7 +195,7 @@ def make_sampler(cell, method, dim):
 def make_objective(cell, method, teacher):
     o = ds.objectives
     if method == "cdds":
-        options = {"num_times": NUM_TIMES, "second_order": True}
+        options = {"num_times": NUM_TIMES, "second_order": True, "whole_paths": True}
         consistency = o.consistency_distillation(*teacher, **options)
         return o.weighted_sum(
             (consistency, cell.consistency),

@@ -34,10 +34,10 @@ def student_of(network=None, **options):
     return ds.samplers.cdds(2, 2, network=network, **{**PROCESS, **options})
 
 
-def consistency(teacher, num_times=5):
+def consistency(teacher, num_times=5, **options):
     params = teacher.init(KEY)
     objective = ds.objectives.consistency_distillation
-    return objective(teacher, params, num_times=num_times)
+    return objective(teacher, params, num_times=num_times, **options)
 
 
 def continuous(teacher):
@@ -67,6 +67,11 @@ def test_the_exact_student_has_no_loss(x64):
     for objective, student, wrong in (
         (
             consistency(teacher),
+            student_of(end_prediction(SCHEDULE)),
+            student_of(end_prediction(SCHEDULE, 0.3)),
+        ),
+        (
+            consistency(teacher, whole_paths=True),
             student_of(end_prediction(SCHEDULE)),
             student_of(end_prediction(SCHEDULE, 0.3)),
         ),
@@ -124,6 +129,17 @@ def test_the_end_is_the_identity_at_the_end():
     assert not np.any(np.isclose(early, x))
 
 
+def test_no_prediction_of_a_step_is_farther_off_than_the_clip():
+    student = student_of(ds.networks.consistency(**SMALL, output_clip=3.0))
+    params = jax.tree.map(lambda leaf: leaf + 9.0, student.init(KEY))
+    y = jnp.array([100.0, -100.0])
+    end = student.unit(
+        student.predicted_end(params, jnp.zeros(()), student.original(y))
+    )
+    skip, gain = 0.25 / 1.25, 0.5 / np.sqrt(1.25)
+    np.testing.assert_allclose(np.abs(end - skip * y), 3 * gain, rtol=1e-5)
+
+
 @pytest.mark.slow
 def test_a_step_noises_the_prediction(x64):
     """The mean of each kernel, from the definition."""
@@ -144,6 +160,10 @@ def test_a_step_noises_the_prediction(x64):
 
 OBJECTIVES = {
     "consistency": (ds.objectives.consistency_distillation, {"num_times": 5}),
+    "whole_paths": (
+        ds.objectives.consistency_distillation,
+        {"num_times": 5, "whole_paths": True},
+    ),
     "continuous": (ds.objectives.continuous_consistency, {}),
     "progressive": (ds.objectives.progressive_distillation, {}),
 }
@@ -192,8 +212,8 @@ def test_energies_are_counted(name):
 def test_one_call_arrives_where_the_teacher_does(name):
     """From the best kernels of a shifted Gaussian of unequal scales."""
     teacher = teacher_of(kernel_control(SCHEDULE), 64)
-    make, _ = OBJECTIVES[name]
-    options = {"num_times": 9} if name == "consistency" else {}
+    make, options = OBJECTIVES[name]
+    options = options | ({"num_times": 9} if "num_times" in options else {})
     flow = name == "progressive"
     if flow:
         student = teacher_of(ds.networks.free(32, step_conditioned=True), 1)
@@ -207,7 +227,7 @@ def test_one_call_arrives_where_the_teacher_does(name):
         make(teacher, {"generation": ()}, **options),
         skewed_energy,
         behaviour=ds.behaviours.reference_draws(points),
-        optimizer=optax.adam(3e-3),
+        optimizer=optax.adam(1e-3 if name == "continuous" else 3e-3),
         anneal=ds.schedules.cosine_anneal,
         num_updates=3_000,
         batch_size=128,
@@ -449,5 +469,7 @@ def test_bad_options():
         ds.objectives.continuous_consistency(teacher_of(FREE, 8), TRAINED, damping=0)
     with pytest.raises(ValueError, match="data_std must be positive, got -1"):
         ds.networks.consistency(data_std=-1)
+    with pytest.raises(ValueError, match="output_clip must be positive, got 0"):
+        ds.networks.consistency(output_clip=0)
     with pytest.raises(ValueError, match="smallest_std must lie strictly between"):
         student_of(smallest_std=0.0)

@@ -13,6 +13,15 @@ further than its later time; targets are the student's own, without an average. 
 ``second_order`` steps are taken in pairs (`solvers.linear_end`), and the coarser grid
 is one of the pairs.
 
+With ``whole_paths`` each path is followed to its end, which is the target at all of its
+times,
+
+    loss = mean |f(x_t, t) - x_1|^2 / (D s^2).
+
+The minimum is the same, for a path has one end; but no error of f at a later time is
+handed on to the earlier ones, pair by pair, and every time of a path counts. It takes
+about twice the teacher's calls, and half of the student's per time.
+
 Paths are the teacher's, from the reference, whatever the behaviour brings: other terms
 of a `weighted_sum` may use it. Each step of them costs an energy gradient per row where
 the teacher looks at scores.
@@ -43,6 +52,7 @@ def consistency_distillation(
     *,
     num_times: int = 18,
     second_order: bool = False,
+    whole_paths: bool = False,
 ) -> Objective:
     """Squared distance of the student's predictions at two times of a teacher's path.
 
@@ -53,6 +63,8 @@ def consistency_distillation(
             those of the teacher's.
         second_order: whether the teacher's steps are taken in pairs, at the same cost
             and with less error; the paper's are not.
+        whole_paths: whether predictions at all times of a path are compared with where
+            it ends; the paper's is one pair of times, and a path up to there.
 
     Raises:
         ValueError: when the teacher has no flow, is untrained (as far as that can be
@@ -97,31 +109,42 @@ def consistency_distillation(
         student, steps = batch.sampler, teacher.steps()
         for_pair, for_start = jax.random.split(batch.key)
         size = batch.on_policy.shape[0]
-        index = jax.random.randint(for_pair, (), 0, num_times - 1)
-        first, second = jnp.asarray(places)[index], jnp.asarray(places)[index + 1]
-        times = jnp.append(steps.time, steps.next_time[-1])[::stride]
+        stops = jnp.asarray(places)
+        if not whole_paths:
+            index = jax.random.randint(for_pair, (), 0, num_times - 1)
+            stops = stops[index + jnp.arange(2)]
+        begins = jnp.append(jnp.zeros((1,), stops.dtype), stops[:-1])
+        times = jnp.append(steps.time, steps.next_time[-1])[::stride][stops]
         condition = batch.condition if batch.condition.shape[-1] else None
 
         def of_row(key, condition):
             advance = follow(
                 teacher, teacher_params, batch.energy, condition, second_order
             )
+
+            def go(x, ends):
+                begin, stop = ends
+                x = jax.lax.fori_loop(begin, stop, advance, x)
+                return x, x
+
             noise = standard_normal(key, (teacher.dim,), times.dtype)
-            early = jax.lax.fori_loop(0, first, advance, teacher.original(noise))
-            late = jax.lax.fori_loop(first, second, advance, early)
-            early, late = jax.lax.stop_gradient((early, late))
-            own = params["sampler"]
-            said = student.predicted_end(own, times[first], early, condition)
-            wanted = student.predicted_end(
-                jax.lax.stop_gradient(own), times[second], late, condition
-            )
+            _, xs = jax.lax.scan(go, teacher.original(noise), (begins, stops))
+            xs, own = jax.lax.stop_gradient(xs), params["sampler"]
+            predict = jax.vmap(student.predicted_end, in_axes=(None, 0, 0, None))
+            said = predict(own, times[:-1], xs[:-1], condition)
+            if whole_paths:
+                wanted = xs[-1:]
+            else:
+                fixed = jax.lax.stop_gradient(own)
+                wanted = predict(fixed, times[1:], xs[1:], condition)
             return jnp.mean((student.unit(said) - student.unit(wanted)) ** 2)
 
         values = jax.vmap(of_row)(jax.random.split(for_start, size), condition)
         value = row_mean(values, jnp.isfinite(values))
-        calls = stride * second
+        calls = stride * stops[-1]
+        num_predictions = num_times - 1 if whole_paths else 2
         gradients = size * calls if teacher.needs_score else 0
-        cost = Cost(0, gradients, size * (calls + 2))
+        cost = Cost(0, gradients, size * (calls + num_predictions))
         return value, {"cost": cost, "consistency": value}
 
     return Objective(Requirements(), init, loss, keep_state)
