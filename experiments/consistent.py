@@ -99,7 +99,16 @@ OTHERS = tuple(method for method in METHODS if method != "any_step")
 LONG = {"num_updates": 10_000}
 WELLS = (1.4,) * 5 + (1.0,) * 45  # standard deviations of mw52
 CELLS = (
-    Cell("gmm9", 3.0, 0.18, methods=OTHERS, num_repeats=50, **LONG, consistency=20.0),
+    Cell(
+        "gmm9",
+        3.0,
+        0.18,
+        methods=OTHERS,
+        **LONG,
+        consistency=20.0,
+        octaves=4,
+        num_repeats=50,
+    ),
     Cell(
         "gmm9",
         4.0,
@@ -107,9 +116,9 @@ CELLS = (
         32,
         ("any_step",),
         **LONG,
-        width=128,
-        batch_size=256,
+        depth=3,
         consistency=20.0,
+        octaves=5,
         num_repeats=50,
     ),
     Cell("mw54", 2.0, 0.09, methods=OTHERS, **LONG, consistency=50.0),
@@ -344,11 +353,13 @@ def num_draws_of(cell, num_steps, args):
 def unweighted(method, sampler, params):
     """What draws without weights come from, and its parameters.
 
-    The probability flow; of the student, which has next to no noise, itself without the
-    way back, of which no draw depends.
+    The probability flow; of the student, whose last step has next to no noise, itself
+    without the way back, of which no draw depends, and with the noise of its process:
+    the learned one is that of the step counts at which it was fitted.
     """
     if method == "cdds":
-        alone = dataclasses.replace(sampler, destruction=None)
+        fixed = ds.Bounds(log_variance=1e-6)
+        alone = dataclasses.replace(sampler, destruction=None, generation_bounds=fixed)
         return alone, {"generation": params["generation"]}
     solver = ds.solvers.frozen()
     if method == "teacher_dpm":
