@@ -60,8 +60,7 @@ def consistency(
             steps each starts where the one before has arrived: a network that has never
             seen a place must not send it further off.
         learn_variance: whether it also returns log-variances, see `Control`.
-        octaves: sines and cosines of 1, 2, 4, ... times the state that it sees, too;
-            four or so for a target of several modes.
+        octaves: as in `free`; four for a target of several modes.
 
     Raises:
         ValueError: when data_std or output_clip is not positive.

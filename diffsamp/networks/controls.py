@@ -185,8 +185,8 @@ def free(
         learn_variance: whether it also returns log-variances, see `Control`.
         step_conditioned: whether it sees the length of the step.
         flow_tied: whether it returns log-variances and residuals, see `Control`.
-        octaves: sines and cosines of 1, 2, 4, ... times the state that it sees, too;
-            four or so where few steps have to go far apart from near together.
+        octaves: of the state, which it sees beside it (`with_octaves`); four or five
+            where a step has to lead neighbouring states to different modes.
 
     Example:
         >>> import diffsamp as ds
@@ -230,8 +230,8 @@ def score_guided(
         learn_variance: whether it also returns log-variances, see `Control`.
         step_conditioned: whether it sees the length of the step.
         flow_tied: whether it returns log-variances and residuals, see `Control`.
-        octaves: sines and cosines of 1, 2, 4, ... times the state that it sees, too;
-            four or so where few steps have to go far apart from near together.
+        octaves: of the state, which it sees beside it (`with_octaves`); four or five
+            where a step has to lead neighbouring states to different modes.
     """
     module = ScoreGuidedModule(
         width,
@@ -272,8 +272,8 @@ def annealed_score_guided(
         learn_variance: whether it also returns log-variances, see `Control`.
         step_conditioned: whether it sees the length of the step.
         flow_tied: whether it returns log-variances and residuals, see `Control`.
-        octaves: sines and cosines of 1, 2, 4, ... times the state that it sees, too;
-            four or so where few steps have to go far apart from near together.
+        octaves: of the state, which it sees beside it (`with_octaves`); four or five
+            where a step has to lead neighbouring states to different modes.
     """
     module = AnnealedScoreModule(
         width,
