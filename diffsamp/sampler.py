@@ -1070,15 +1070,14 @@ def _numbers(name: str, value: Any, dim: int) -> float | tuple[float, ...]:
     return tuple(float(v) for v in array)
 
 
-def _recomputed(body):
-    """Of whose steps nothing is kept but energies and scores."""
-    keep = jax.checkpoint_policies.save_only_these_names(_EVALUATED)
-    return jax.checkpoint(body, prevent_cse=False, policy=keep)
-
-
 def _step_scan(body, carry, xs):
-    """`lax.scan` whose backward pass stores K carries and recomputes every step."""
-    return jax.lax.scan(_recomputed(body), carry, xs)
+    """`lax.scan` whose backward pass stores K carries and recomputes every step.
+
+    Energies and scores are kept.
+    """
+    keep = jax.checkpoint_policies.save_only_these_names(_EVALUATED)
+    step = jax.checkpoint(body, prevent_cse=False, policy=keep)
+    return jax.lax.scan(step, carry, xs)
 
 
 def _sqrt_scan(body, carry, xs):

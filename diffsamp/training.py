@@ -212,6 +212,20 @@ def init(
     return state, cost
 
 
+def keeps_states(
+    sampler: Sampler, num_rows: int, memory_budget: int | None = None
+) -> bool:
+    """Whether the states of so many paths are kept for gradients through them.
+
+    Args:
+        sampler: the sampler.
+        num_rows: paths, on each device.
+        memory_budget: bytes, or None for 256 MiB.
+    """
+    room = STATES_MEMORY if memory_budget is None else memory_budget
+    return num_rows * sampler.bytes_of_states <= room
+
+
 def batch_loss(
     params: Params,
     objective: Objective,
@@ -252,9 +266,8 @@ def batch_loss(
     if proposal is None:
         each = jax.random.split(for_paths, request.group.shape[0])
         num_rows = each.shape[0] // (1 if mesh is None else mesh.size)
-        room = STATES_MEMORY if memory_budget is None else memory_budget
-        keep_states = num_rows * sampler.bytes_of_states <= room
-        rollout = functools.partial(sampler.rollout, keep_states=keep_states)
+        fits = keeps_states(sampler, num_rows, memory_budget)
+        rollout = functools.partial(sampler.rollout, keep_states=fits)
         each = meshes.spread(mesh, each)
         roll = jax.vmap(rollout, in_axes=(None, 0, None, 0))
         rollouts, paths = roll(params["sampler"], each, energy, condition)

@@ -219,7 +219,7 @@ def passes_of(cell, sampler):
     if cell["objective"] != "reverse_kl":
         return 4
     size = cell["batch_size"] // (cell.get("mesh") or 1)
-    return 4 if size * sampler.bytes_of_states <= training.STATES_MEMORY else 5
+    return 4 if training.keeps_states(sampler, size) else 5
 
 
 def sampler_of(cell, target, make=ds.samplers.pis):

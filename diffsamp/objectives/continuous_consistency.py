@@ -56,8 +56,8 @@ def continuous_consistency(
 ) -> Objective:
     """How much the student's prediction changes along the teacher's flow.
 
-    Learning rates of Adam of 1e-3 and below; at 3e-3 training comes close in some
-    thousand updates and falls apart in as many again.
+    To be trained slowly, by Adam at 1e-3 or less: each prediction is fitted to others
+    of its own, and larger steps may undo in some thousand updates what they reached.
 
     Args:
         teacher: a trained sampler with a probability flow, on its grid of times.
