@@ -68,7 +68,7 @@ class ProbabilityFlow:
         known, as of a control that sees the score: a network's constant says nothing of
         the energy's second derivatives.
         """
-        control, solver = self.sampler.generation, self.solver
+        control, solver = self.sampler.flow_network, self.solver
         bound = getattr(control, "lipschitz", None)
         if bound is None or control.needs_score:
             return None

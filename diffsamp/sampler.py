@@ -27,7 +27,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from diffsamp._distributions import normal_log_prob, standard_normal
 from diffsamp.energies import as_key, bind_condition, check_energy
-from diffsamp.networks import Backbone, Context, Control
+from diffsamp.networks import Backbone, Context, Control, Tied
 from diffsamp.priors import Prior
 from diffsamp.processes import Coefficients, Process, Renoising
 from diffsamp.types import (
@@ -244,14 +244,25 @@ class Sampler:
                 "is not learned; give the number of steps of a finer one, "
                 "finest=128 for one, or leave the destruction network out"
             )
+        if isinstance(self.destruction, Tied):
+            raise ValueError(
+                "only the generation kernel can be tied to a flow; give networks.tied "
+                "as network, not as destruction_network"
+            )
+        if isinstance(self.generation, Tied):
+            self._check_tied()
         if self.prior is not None and self.process.point_mass:
             raise ValueError(
                 "prior must be None where the process starts from a point mass, got "
                 f"{self.prior!r}; take a variance-preserving process, such as that of "
                 "ds.samplers.gmp"
             )
-        for name in ("generation", "destruction"):
-            module = getattr(getattr(self, name), "module", None)
+        networks = [(n, getattr(self, n)) for n in ("generation", "destruction")]
+        if isinstance(self.generation, Tied):
+            networks[0] = ("generation", self.flow_network)
+            networks.append(("generation", self.generation.residual))
+        for name, network in networks:
+            module = getattr(network, "module", None)
             of_network = getattr(module, "schedule", schedule)
             if of_network != schedule:
                 raise ValueError(
@@ -380,7 +391,8 @@ class Sampler:
     @property
     def evaluations_per_path(self) -> Evaluations:
         """Cost of drawing one weighted path."""
-        networks = self.num_steps * (1 + (self.destruction is not None))
+        networks = 1 + (self.destruction is not None) + self._has_residual
+        networks *= self.num_steps
         if self.backbone is not None:  # once per state; the heads are nothing
             networks = self.num_steps + 1
         if self.needs_score:
@@ -543,12 +555,6 @@ class Sampler:
         y = self.unit(x)
         seen = _Seen(score, self._features(params, y, step.time, condition))
         control = self._generation_control(params, step, y, seen, condition)
-        if control.shape == (3 * self.dim,) and self.finest is None:
-            raise ValueError(
-                "the residual of a control with flow_tied=True is free at every step "
-                "count, and so is its flow; take ds.samplers.scds, which keeps the "
-                "residual at zero on its training grid, or leave flow_tied=True out"
-            )
         mean, decay = step.generation_decay * y, step.generation_decay
         controlled, _ = self._controlled(
             step, mean, step.generation_std, control, self.generation_bounds
@@ -590,6 +596,12 @@ class Sampler:
                 f"generation_bounds, got {self.generation_bounds.shift}"
             )
 
+    @property
+    def flow_network(self) -> Control:
+        """The control of the probability flow: without a residual, if it has one."""
+        control = self.generation
+        return control.flow if isinstance(control, Tied) else control
+
     def check_flow(self) -> None:
         """Checks that half of the generation control is a probability flow.
 
@@ -610,6 +622,17 @@ class Sampler:
                 "is no probability flow; leave out learn_destruction and "
                 "destruction_network, or take ds.samplers.scds, which keeps "
                 "destruction fixed on its training grid"
+            )
+
+    def _check_tied(self) -> None:
+        if isinstance(self.process, Renoising):
+            return
+        self._check_process_has_flow()
+        if self.finest is None:
+            raise ValueError(
+                "the residual of networks.tied would be free at every step count, and "
+                "nothing would train its flow; take ds.samplers.scds, whose training "
+                "grid has none, or ds.samplers.cdds, or give the flow's network alone"
             )
 
     def _check_process_has_flow(self) -> None:
@@ -756,18 +779,27 @@ class Sampler:
         return self.generation(params["generation"], y, step.time, context)
 
     def _generate(self, params, step: Step, y, seen: _Seen, condition):
+        network, bounds = self.generation, self.generation_bounds
+        if isinstance(network, Tied) and self._has_residual:
+            return self._generate_tied(network, params, step, y, seen, condition)
         control = self._generation_control(params, step, y, seen, condition)
-        bounds, reference_std = self.generation_bounds, step.generation_std
-        mean = step.generation_decay * y
-        controlled, std = self._controlled(step, mean, reference_std, control, bounds)
-        if control.shape != (3 * self.dim,):
-            return controlled, std
-        self._check_process_has_flow()
-        flow = y + 0.5 * (controlled - mean)
-        ratio = jnp.minimum((std / reference_std) ** 2, 1.0)
-        residual = self._shift(step, control[2 * self.dim :], bounds)
-        residual = residual * self._freedom
-        return flow + ratio * (controlled - flow) + reference_std * residual, std
+        mean, std = step.generation_decay * y, step.generation_std
+        return self._controlled(step, mean, std, control, bounds)
+
+    def _generate_tied(
+        self, network: Tied, params, step: Step, y, seen: _Seen, condition
+    ):
+        """See `samplers.scds` and, where means are those of the flow, `cdds`."""
+        context, bounds = _context(step, seen, condition), self.generation_bounds
+        held = network.held(params["generation"], y, step.time, context)
+        mean, reference_std = step.generation_decay * y, step.generation_std
+        centre, _ = self._controlled(step, mean, reference_std, held[0], bounds)
+        moved, std = self._controlled(step, mean, reference_std, held[1], bounds)
+        if not isinstance(self.process, Renoising):
+            flow = y + 0.5 * (centre - mean)
+            ratio = jnp.minimum((std / reference_std) ** 2, 1.0)
+            centre = flow + ratio * (centre - flow)
+        return centre + self._freedom * (moved - mean), std
 
     def _destroy(self, params, step: Step, y_next, seen: _Seen, condition):
         mean, std = step.destruction_decay * y_next, step.destruction_std
@@ -777,14 +809,13 @@ class Sampler:
         control = self.destruction(
             params["destruction"], y_next, step.next_time, context
         )
-        if control.shape == (3 * self.dim,):
-            raise ValueError(
-                "only the generation kernel can be tied to the probability flow; build "
-                "the destruction network without flow_tied=True"
-            )
         bounds = self.destruction_bounds
         moved, std = self._controlled(step, mean, std, control, bounds)
         return mean + self._freedom * (moved - mean), std
+
+    @property
+    def _has_residual(self) -> bool:
+        return isinstance(self.generation, Tied) and self.finest != self.num_steps
 
     @property
     def _freedom(self) -> float:
@@ -797,15 +828,14 @@ class Sampler:
     def _controlled(self, step: Step, mean, std, control, bounds: Bounds):
         """Adds drift and log-variances of a control to a kernel of the reference."""
         dim = self.dim
-        if control.shape not in ((dim,), (2 * dim,), (3 * dim,)):
+        if control.shape not in ((dim,), (2 * dim,)):
             raise ValueError(
-                f"network must return [{dim}] or, with log-variances, [{2 * dim}] or, "
-                f"tied to the flow, [{3 * dim}] numbers for one point, got "
-                f"{list(control.shape)}"
+                f"network must return [{dim}] or, with log-variances, [{2 * dim}] "
+                f"numbers for one point, got {list(control.shape)}"
             )
         mean = mean + std * self._shift(step, control[:dim], bounds)
         if control.shape[-1] > dim:
-            log_variance = control[dim : 2 * dim].astype(mean.dtype)
+            log_variance = control[dim:].astype(mean.dtype)
             log_ratio = _within(log_variance, bounds.log_variance)
             std = std * jnp.exp(0.5 * self._freedom * log_ratio)
         return mean, std

@@ -11,8 +11,9 @@ Every method is trained once per target and seed, and judged at all step counts:
 
 * `teacher`: dis with 128 steps, `log_variance`;
 * `scds`: the same with a step-conditioned control and `self_consistency`;
-* `any_step`: scds with both kernels learned at few steps and fitted there, too, by
-  Jeffreys' divergence; of 32 steps at most where there are modes;
+* `any_step`: scds, consistent along whole paths, with both kernels learned at few steps
+  and fitted there, too, by Jeffreys' divergence; of 32 steps at most where there are
+  modes;
 * `cdds`: distilled from the teacher of the same seed, with noise and way back fitted,
   and weighed, at 1, 2, 4 and 8 steps.
 
@@ -180,24 +181,25 @@ def make_sampler(cell, method, dim):
     control = networks.annealed_score_guided
     size, seen = (cell.width, cell.depth), {"octaves": cell.octaves}
     learned = {"learn_variance": True, "step_conditioned": True, **seen}
-    back = networks.free(*size, **learned)
+    own = networks.free(*size, **learned)  # of what kernels add to the flow
     if cell.coordinatewise:
         control = networks.coordinatewise
-        back = control(*size, use_score=False, **learned)
+        own = control(*size, use_score=False, **learned)
     if method == "teacher":
         network = control(*size, **seen)
         return ds.samplers.dis(num_steps=cell.num_steps, network=network, **process)
     if method == "cdds":
         return ds.samplers.cdds(
-            network=networks.consistency(*size, learn_variance=True, **seen),
-            destruction_network=back,
+            network=networks.tied(networks.consistency(*size, **seen), own),
+            destruction_network=own,
             **process,
         )
-    tied = method == "any_step"
+    flow = control(*size, step_conditioned=True, **seen)
+    learns = method == "any_step"
     return ds.samplers.scds(
         num_steps=cell.num_steps,
-        network=control(*size, step_conditioned=True, flow_tied=tied, **seen),
-        destruction_network=back if tied else None,
+        network=networks.tied(flow, own) if learns else flow,
+        destruction_network=own if learns else None,
         **process,
     )
 
@@ -214,8 +216,8 @@ def make_objective(cell, method, teacher):
     log_variance = o.log_variance(huber=cell.huber)
     if method == "teacher":
         return log_variance
-    options = {"second_order": True, "pairs_per_path": PAIRS_PER_PATH}
-    consistency = o.self_consistency(**options)
+    options = {"second_order": True, "whole_paths": method == "any_step"}
+    consistency = o.self_consistency(pairs_per_path=PAIRS_PER_PATH, **options)
     terms = [(log_variance, 1.0), (consistency, cell.consistency)]
     if method == "any_step":
         fewer = tuple(k for k in STEPS if k < cell.num_steps)
@@ -251,7 +253,7 @@ def train(cell, method, seed, args):
     sampler = make_sampler(cell, method, target.dim)
     teacher, others = None, []
     if method == "cdds":
-        *teacher, of_teacher = train(cell, "teacher", seed, args)
+        *teacher, of_teacher = train(cell_of_teacher(cell), "teacher", seed, args)
         others = [of_teacher]
     spent = {"num_updates": num_updates, "seconds": 0.0, "num_calls": 0}
     if checkpoint.exists() and account.exists():
@@ -301,6 +303,11 @@ def train(cell, method, seed, args):
     names = ("energy_evaluations", "network_evaluations", "seconds")
     sums = {f"all_{k}": sum(s[k] for s in (spent, *others)) for k in names}
     return sampler, fit.params, spent | sums
+
+
+def cell_of_teacher(cell):
+    (found,) = (c for c in CELLS if c.target == cell.target and "teacher" in c.methods)
+    return found
 
 
 def place_of(args):
@@ -354,14 +361,14 @@ def num_draws_of(cell, num_steps, args):
 def unweighted(method, sampler, params):
     """What draws without weights come from, and its parameters.
 
-    The probability flow; of the student, whose last step has next to no noise, itself
-    without the way back, of which no draw depends, and with the noise of its process:
-    the learned one is that of the step counts at which it was fitted.
+    The probability flow; of the student, whose last step has next to no noise, its
+    consistency function and the noise of its process: what is learned besides is for
+    weights, at the step counts at which it was fitted.
     """
     if method == "cdds":
-        fixed = ds.Bounds(log_variance=1e-6)
-        alone = dataclasses.replace(sampler, destruction=None, generation_bounds=fixed)
-        return alone, {"generation": params["generation"]}
+        flow = sampler.flow_network
+        alone = dataclasses.replace(sampler, destruction=None, generation=flow)
+        return alone, {"generation": params["generation"]["flow"]}
     solver = ds.solvers.frozen()
     if method == "teacher_dpm":
         solver = ds.solvers.dpm_solver()

@@ -94,8 +94,9 @@ SAMPLERS = {
     "scds_data": _sampler(
         ds.samplers.scds,
         schedule=ds.schedules.linear(12.0, 0.2),
-        network=ds.networks.data_prediction(
-            ds.schedules.linear(12.0, 0.2), **SMALL, flow_tied=True
+        network=ds.networks.tied(
+            ds.networks.data_prediction(ds.schedules.linear(12.0, 0.2), **SMALL),
+            ds.networks.free(**SMALL, learn_variance=True, step_conditioned=True),
         ),
         finest=MANY,
     ),
@@ -110,7 +111,10 @@ SAMPLERS = {
         generation_bounds=ds.Bounds(log_variance=3.0, shift=2.0),
         destruction_bounds=ds.Bounds(log_variance=3.0),
         finest=MANY,
-        network=ds.networks.free(**SMALL, step_conditioned=True, flow_tied=True),
+        network=ds.networks.tied(
+            ds.networks.free(**SMALL, step_conditioned=True),
+            ds.networks.free(**SMALL, learn_variance=True, step_conditioned=True),
+        ),
         destruction_network=ds.networks.free(
             **SMALL, learn_variance=True, step_conditioned=True
         ),
@@ -118,8 +122,11 @@ SAMPLERS = {
     "scds_coordinatewise": _sampler(
         ds.samplers.scds,
         finest=MANY,
-        network=ds.networks.coordinatewise(
-            **SMALL, step_conditioned=True, flow_tied=True
+        network=ds.networks.tied(
+            ds.networks.coordinatewise(**SMALL, step_conditioned=True),
+            ds.networks.coordinatewise(
+                **SMALL, learn_variance=True, step_conditioned=True
+            ),
         ),
         destruction_network=ds.networks.coordinatewise(
             **SMALL, use_score=False, learn_variance=True, step_conditioned=True
@@ -129,6 +136,19 @@ SAMPLERS = {
         ds.samplers.cdds,
         smallest_std=0.3,
         network=ds.networks.consistency(**SMALL, learn_variance=True),
+        destruction_network=ds.networks.free(
+            **SMALL, learn_variance=True, step_conditioned=True
+        ),
+    ),
+    "cdds_tied": _sampler(
+        ds.samplers.cdds,
+        smallest_std=0.3,
+        generation_bounds=ds.Bounds(log_variance=3.0),
+        destruction_bounds=ds.Bounds(log_variance=3.0),
+        network=ds.networks.tied(
+            ds.networks.consistency(**SMALL),
+            ds.networks.free(**SMALL, learn_variance=True, step_conditioned=True),
+        ),
         destruction_network=ds.networks.free(
             **SMALL, learn_variance=True, step_conditioned=True
         ),
@@ -149,6 +169,7 @@ LEARNED = [
     "scds_tied",
     "scds_coordinatewise",
     "cdds",
+    "cdds_tied",
 ]
 VARIANTS = {"dis_free", "dis_euler", *LEARNED}
 PROCESSES = [name for name in SAMPLERS if name not in VARIANTS]

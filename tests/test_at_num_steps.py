@@ -65,7 +65,7 @@ def test_each_count_has_its_turn_and_its_own_weights():
 @pytest.mark.parametrize("name", ["balance", "variance"])
 def test_any_step_training_keeps_the_weights_honest(x64, name):
     """Both kernels learned; then, by quadrature over all paths of one step, Z."""
-    tied = ds.networks.free(**SMALL, step_conditioned=True, flow_tied=True)
+    tied = ds.networks.tied(ds.networks.free(**SMALL, step_conditioned=True), FREE)
     sampler = ds.samplers.scds(
         1, 4, loc=0.2, scale=1.3, network=tied, destruction_network=FREE
     )

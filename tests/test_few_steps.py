@@ -10,8 +10,9 @@ import diffsamp as ds
 
 KEY = jax.random.key(0)
 PROCESS = {"loc": (0.4, -0.3), "scale": (1.8, 1.5)}
-TIED = ds.networks.annealed_score_guided(**SMALL, step_conditioned=True, flow_tied=True)
+FLOW = ds.networks.annealed_score_guided(**SMALL, step_conditioned=True)
 BACK = ds.networks.free(**SMALL, learn_variance=True, step_conditioned=True)
+TIED = ds.networks.tied(FLOW, BACK)
 
 
 def sampler_of(num_steps, **options):
@@ -24,21 +25,13 @@ def run(sampler, params):
 
 
 def test_at_the_finest_grid_only_the_drift_is_learned(x64):
-    """The factory's own number of steps; the drift is that of an untied network."""
+    """The factory's own number of steps; the drift is that of the flow's network."""
     sampler = sampler_of(4)
     assert sampler.finest == 4
     params = perturbed(sampler.init(KEY), 0.3)
 
-    def drift(params, x, t, context):
-        return TIED(params, x, t, context)[:2]
-
-    plain = ds.samplers.dis(
-        2,
-        4,
-        **PROCESS,
-        network=ds.networks.from_function(lambda key, dim: (), drift, needs_score=True),
-    )
-    drift_params = {"generation": params["generation"]}
+    plain = ds.samplers.dis(2, 4, **PROCESS, network=FLOW)
+    drift_params = {"generation": params["generation"]["flow"]}
     found, expected = run(sampler, params), run(plain, drift_params)
     for a, b in zip(found, expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-9)
@@ -50,12 +43,10 @@ def test_at_the_finest_grid_only_the_drift_is_learned(x64):
 @pytest.mark.parametrize("num_steps", [1, 2])
 def test_without_noise_a_path_is_the_flow(x64, num_steps):
     def quiet(params, x, t, context):
-        drift = TIED(params, x, t, context)[:2]
-        return jnp.concatenate([drift, jnp.full(2, -1e3), jnp.zeros(2)])
+        return jnp.concatenate([jnp.zeros(2), jnp.full(2, -1e3)])
 
-    network = ds.networks.from_function(
-        lambda key, dim: TIED.init(key, dim, 0), quiet, needs_score=True
-    )
+    network = ds.networks.from_function(lambda key, dim: (), quiet)
+    network = ds.networks.tied(FLOW, network)
     bounds = ds.Bounds(log_variance=80.0)
     sampler = sampler_of(8, network=network, generation_bounds=bounds)
     sampler = sampler.with_num_steps(num_steps)
@@ -86,7 +77,8 @@ def test_how_free_kernels_are():
 
 
 def test_a_sampler_of_one_step_is_trained_for_that_alone(x64):
-    network = ds.networks.free(**SMALL, step_conditioned=True, flow_tied=True)
+    flow = ds.networks.free(**SMALL, step_conditioned=True)
+    network = ds.networks.tied(flow, BACK)
     sampler = sampler_of(1, network=network, destruction_network=None)
     with pytest.raises(ValueError, match=r"must divide 1, .* got 128"):
         sampler.with_num_steps(128)
@@ -112,13 +104,6 @@ def test_where_half_of_the_control_is_a_flow():
     ds.samplers.scds(2, 4, **back).check_flow()
     # With fixed destruction there is one law of paths to reverse.
     ds.samplers.dis(2, 4, learn_generation_variance=True).check_flow()
-    free = ds.networks.free(**SMALL, flow_tied=True)
-    loose = ds.samplers.dis(2, 4, network=free)
-    loose_flow = ds.probability_flow(loose)
-    with pytest.raises(ValueError, match=r"the residual .* is free at every step"):
-        loose_flow.solve(loose.init(KEY), jnp.zeros(2), skewed_energy)
-    path = run(loose, loose.init(KEY))  # of which the weight is as good as any
-    assert jnp.isfinite(path.log_weight)
 
 
 def test_bad_input():
@@ -131,9 +116,61 @@ def test_bad_input():
         with pytest.raises(ValueError, match=r"with finest=1 there is only .* finest="):
             ds.samplers.scds(2, 1, **{f"learn_{kernel}": True})
         ds.samplers.scds(2, 1, finest=2, **{f"learn_{kernel}": True})
-    wrong = sampler_of(4, destruction_network=TIED)
     with pytest.raises(ValueError, match="only the generation kernel can be tied"):
-        run(wrong, wrong.init(KEY))
-    bridge = ds.samplers.gbs(2, 4, network=ds.networks.free(**SMALL, flow_tied=True))
+        sampler_of(4, destruction_network=TIED)
     with pytest.raises(ValueError, match="Brownian has no probability flow"):
-        run(bridge, bridge.init(KEY))
+        ds.samplers.gbs(2, 4, network=TIED)
+    with pytest.raises(ValueError, match=r"the residual .* would be free at every"):
+        ds.samplers.dis(2, 4, network=TIED)
+    for flow, residual, match in (
+        (BACK, BACK, r"of a flow must return \[2\] numbers .* got \[4\]"),
+        (FLOW, FLOW, r"of a residual must return \[4\] numbers .* got \[2\]"),
+    ):
+        wrong = sampler_of(4, network=ds.networks.tied(flow, residual))
+        few = wrong.with_num_steps(2)
+        with pytest.raises(ValueError, match=match):
+            run(few, few.init(KEY))
+    schedules = ds.schedules.cosine(), ds.schedules.geometric()
+    other = ds.networks.data_prediction(schedules[0], **SMALL)
+    for both in ((other, BACK), (FLOW, other)):
+        with pytest.raises(ValueError, match="the network of generation must have the"):
+            sampler_of(4, schedule=schedules[1], network=ds.networks.tied(*both))
+
+
+def moved_by_paths(sampler):
+    """Whether a path's weight has a gradient in the flow's network and the other's."""
+    params = perturbed(sampler.init(KEY), 0.1)
+    path = sampler.simulate(params, KEY, skewed_energy)
+    found = jax.grad(lambda p: sampler.score_path(p, path).log_weight)(params)
+    return {k: _is_moved(v) for k, v in found["generation"].items()}
+
+
+def _is_moved(gradient):
+    return any(np.any(leaf != 0) for leaf in jax.tree.leaves(gradient))
+
+
+def test_paths_of_few_steps_leave_the_flow_to_other_objectives():
+    sampler = sampler_of(4)
+    assert moved_by_paths(sampler) == {"flow": True, "residual": False}
+    few = sampler.with_num_steps(2)
+    assert moved_by_paths(few) == {"flow": False, "residual": True}
+    student = ds.samplers.cdds(
+        2, network=ds.networks.tied(ds.networks.consistency(**SMALL), BACK)
+    )
+    assert moved_by_paths(student) == {"flow": False, "residual": True}
+    params, x = perturbed(few.init(KEY), 0.1), jnp.array([0.3, -0.2])
+    step = jax.tree.map(lambda column: column[0], few.steps())
+    score = few.score_at(skewed_energy, x)
+    of_flow = jax.grad(lambda p: jnp.sum(few.flow_step(p, step, x, score)))(params)
+    params, time = perturbed(student.init(KEY), 0.1), jnp.array(0.4)
+    of_end = jax.grad(lambda p: jnp.sum(student.predicted_end(p, time, x)))(params)
+    for found in (of_flow["generation"], of_end["generation"]):
+        moved = {k: _is_moved(v) for k, v in found.items()}
+        assert moved == {"flow": True, "residual": False}
+
+
+def test_both_networks_of_a_step_are_counted():
+    sampler = sampler_of(4)
+    assert sampler.evaluations_per_path.network == 4 * 2
+    assert sampler.with_num_steps(2).evaluations_per_path.network == 2 * 3
+    assert ds.probability_flow(sampler).evaluations_per_path.network == 4

@@ -61,7 +61,7 @@ def test_every_way_to_the_log_weight_agrees(x64, key, name):
 QUICK = [
     (name, k) for name in [*PROCESSES, "pis_learned", "dis_shared"] for k in (1, 2)
 ]
-QUICK += [("scds_tied", 1), ("cdds", 1)]
+QUICK += [("scds_tied", 1), ("cdds", 1), ("cdds_tied", 1)]
 WIDE_TAILS = {"gmp": 1.75}  # where components far out differ in their scores
 
 
@@ -125,20 +125,23 @@ class Simulated(NamedTuple):
 FREE = ds.networks.free(**SMALL, learn_variance=True, step_conditioned=True)
 
 
-def _inverted_consistency(num_steps, loc, scale, std=0.3):
+def _inverted_consistency(num_steps, loc, scale, std=0.3, tied=False):
     """Consistency sampling of which untrained networks know the way back.
 
     Until it is perturbed its path is a Gaussian chain, y' = gain y + noise, of which
     the table of the destruction kernel is the inverse. The process' own way back knows
     nothing of the jumps.
     """
+    network = ds.networks.consistency(**SMALL, data_std=std, learn_variance=not tied)
+    if tied:
+        network = ds.networks.tied(network, FREE)
     make = functools.partial(
         ds.samplers.cdds,
         2,
         num_steps,
         loc=loc,
         smallest_std=std,
-        network=ds.networks.consistency(**SMALL, data_std=std, learn_variance=True),
+        network=network,
     )
     process = make().process
     table = process.coefficients(num_steps)
@@ -177,8 +180,9 @@ SIMULATED = {name: Simulated(factory) for name, factory in SAMPLERS.items()} | {
         narrow=0.8,
     ),
     "cdds": Simulated(_inverted_consistency),
+    "cdds_tied": Simulated(functools.partial(_inverted_consistency, tied=True)),
 }
-FEW_STEPS = ("scds", "scds_tied", "cdds")
+FEW_STEPS = ("scds", "scds_tied", "cdds", "cdds_tied")
 
 
 @functools.cache

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import math
 import types
 
@@ -596,30 +597,42 @@ def test_what_is_learned_starts_at_the_reference(x64, name):
 
 
 FACTORIES = ("pis", "dds", "dis", "gbs", "scds", "cdds")
+TIED = ("scds", "cdds")  # whose variance has a network of its own
 GIVEN = {
     "learn_generation_variance": ("generation", "network"),
     "learn_destruction": ("destruction", "destruction_network"),
 }
 
 
+SWITCHED = [
+    (name, argument)
+    for name, argument in itertools.product(FACTORIES, GIVEN)
+    if name not in TIED or argument == "learn_destruction"
+]
+
+
 @pytest.mark.parametrize("argument", GIVEN)
 @pytest.mark.parametrize("name", FACTORIES)
 def test_a_given_network_learns_the_variance_that_is_asked_for(name, argument):
     factory, (kernel, given) = getattr(ds.samplers, name), GIVEN[argument]
-    switch = "learn_variance"
-    if name == "scds" and kernel == "generation":
-        switch = "flow_tied"
+    tied = name in TIED and kernel == "generation"
+    own = ds.networks.free(learn_variance=True, step_conditioned=True)
+    reduced = ds.networks.reduced_precision
     for module in (
         ds.networks.free(8, 1),
         ds.networks.coordinatewise(8, 1, use_score=False, output_clip=7.0),
     ):
-        on = dataclasses.replace(module, module=module.module.clone(**{switch: True}))
-        reduced = ds.networks.reduced_precision
-        for network, learned in (
-            (module, on),
-            (on, on),
-            (reduced(module), reduced(on)),
-        ):
+        on = dataclasses.replace(
+            module, module=module.module.clone(learn_variance=True)
+        )
+        pairs = [(module, on), (on, on), (reduced(module), reduced(on))]
+        if tied:
+            on = ds.networks.tied(module, own)
+            both = ds.networks.tied(reduced(module), reduced(own))
+            mixed = ds.networks.tied(reduced(module), own)
+            assert reduced(on) == both
+            pairs = [(module, on), (on, on), (both, both), (reduced(module), mixed)]
+        for network, learned in pairs:
             asked = factory(2, 4, **{given: network, argument: True})
             assert getattr(asked, kernel) == learned
             assert asked == factory(2, 4, **{given: learned})
@@ -628,7 +641,10 @@ def test_a_given_network_learns_the_variance_that_is_asked_for(name, argument):
     key = jax.eval_shape(lambda: jax.random.key(1))
     jax.eval_shape(lambda p, k: asked(p, k, skewed_energy), params, key)
     default = getattr(factory(2, 4, **{argument: True}), kernel)
-    assert getattr(default.module, switch)
+    if tied:
+        assert default.residual == own
+    else:
+        assert default.module.learn_variance
 
 
 class _NoSwitch(nn.Module):
@@ -637,8 +653,7 @@ class _NoSwitch(nn.Module):
         return nn.Dense(x.shape[-1])(x)
 
 
-@pytest.mark.parametrize("argument", GIVEN)
-@pytest.mark.parametrize("name", FACTORIES)
+@pytest.mark.parametrize(("name", "argument"), SWITCHED)
 def test_a_network_that_cannot_learn_the_variance_is_named(name, argument):
     factory, (_, given) = getattr(ds.samplers, name), GIVEN[argument]
     function = ds.networks.from_function(

@@ -54,8 +54,11 @@ def test_the_exact_flow_is_consistent(x64):
     assert float(loss_of(self_consistency(), sampler, params)(params)) < 1e-20
     even = sampler_of(step_control(SCHEDULE), 12)  # steps of 2 and 4, not of 8 and 16
     assert float(loss_of(self_consistency(), even, params)(params)) < 1e-20
+    whole = self_consistency(whole_paths=True, pairs_per_path=4)
+    assert float(loss_of(whole, sampler, params)(params)) < 1e-20
     wrong = sampler_of(step_control(SCHEDULE, 0.3), 16)
-    assert float(loss_of(self_consistency(), wrong, params)(params)) > 1e-3
+    for objective in (self_consistency(), whole):
+        assert float(loss_of(objective, wrong, params)(params)) > 1e-3
 
 
 def on_a_line(sampler, x, middle, end):
@@ -124,6 +127,40 @@ def test_only_the_shortest_pair_is_taken_at_once(x64):
     assert found[1] < 1e-20
 
 
+@pytest.mark.parametrize("second_order", [False, True])
+def test_whole_paths_by_hand(x64, second_order):
+    """One step of four, from the start, against the four themselves."""
+    network = ds.networks.annealed_score_guided(**SMALL, step_conditioned=True)
+    sampler = sampler_of(network, 4)
+    params = perturbed(sampler.init(KEY), 0.3)
+    batch = batch_of_paths(sampler, params, 2, KEY)
+    objective = self_consistency(
+        pairs=functools.partial(_only, 1), whole_paths=True, second_order=second_order
+    )
+    solver = ds.solvers.linear_end() if second_order else ds.solvers.frozen()
+    flow, scale = ds.probability_flow(sampler, solver), jnp.array(SCALE)
+    step = jax.tree.map(lambda a: a[0], sampler.with_num_steps(1).steps())
+
+    def by_hand(params):
+        total = 0.0
+        for key in jax.random.split(jax.random.split(KEY, 3)[2], 2):
+            x = sampler.original(jax.random.normal(key, (2,)))
+            end = jax.lax.stop_gradient(flow.solve(params, x, skewed_energy))
+            score = -scale * jax.grad(skewed_energy)(x)
+            reached = sampler.flow_step(params, step, x, score)
+            total += jnp.mean(((reached - end) / scale) ** 2) / 2
+        return total
+
+    def loss(params):
+        return objective.loss({"sampler": params, "objective": {}}, (), batch)[0]
+
+    value, gradient = jax.jit(jax.value_and_grad(loss))(params)
+    expected, expected_gradient = jax.jit(jax.value_and_grad(by_hand))(params)
+    assert float(value) == pytest.approx(float(expected), rel=1e-10)
+    for a, b in zip(*map(jax.tree.leaves, (gradient, expected_gradient)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-10)
+
+
 def _only(level, num_levels, count):
     del count
     return jnp.where(jnp.arange(num_levels) == level, 0.0, -jnp.inf)
@@ -189,8 +226,9 @@ def test_a_curriculum_starts_with_short_steps(x64):
 
 @pytest.mark.slow
 @pytest.mark.relaxed("dtypes")
+@pytest.mark.parametrize("whole_paths", [False, True])
 @pytest.mark.parametrize("network", ["free", "annealed_score_guided"])
-def test_energies_are_counted(network):
+def test_energies_are_counted(network, whole_paths):
     network = getattr(ds.networks, network)(**SMALL, step_conditioned=True)
     energy, take = counting_energy(skewed_energy)
     fit = ds.fit(
@@ -198,7 +236,7 @@ def test_energies_are_counted(network):
         sampler_of(network, 4),
         ds.objectives.weighted_sum(
             (ds.objectives.log_variance(), 1.0),
-            (self_consistency(pairs_per_path=3), 0.5),
+            (self_consistency(pairs_per_path=3, whole_paths=whole_paths), 0.5),
         ),
         energy,
         num_updates=3,

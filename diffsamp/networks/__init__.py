@@ -37,6 +37,8 @@ from diffsamp.networks.mixture import MixtureGuidedModule as MixtureGuidedModule
 from diffsamp.networks.mixture import mixture_guided as mixture_guided
 from diffsamp.networks.precision import ReducedPrecision as ReducedPrecision
 from diffsamp.networks.precision import reduced_precision as reduced_precision
+from diffsamp.networks.tied import Tied as Tied
+from diffsamp.networks.tied import tied as tied
 
 __all__ = [
     "AnnealedScoreModule",
@@ -57,6 +59,7 @@ __all__ = [
     "ReducedPrecision",
     "ReferenceGuidedModule",
     "ScoreGuidedModule",
+    "Tied",
     "TimeScale",
     "annealed_score_guided",
     "backbone",
@@ -71,5 +74,6 @@ __all__ = [
     "reduced_precision",
     "reference_guided",
     "score_guided",
+    "tied",
     "with_octaves",
 ]

@@ -39,13 +39,11 @@ class Control(Protocol):
     """A drift correction: static, hashable, compared by value.
 
     ``init(key, dim, condition_dim) -> params`` and ``control(params, x [D], t [],
-    context) -> [D], [2 D] or [3 D]`` in unit coordinates; ``needs_score`` says whether
-    the energy gradient is worth computing. The second D numbers s, where returned,
-    multiply the kernel's variance by ``exp(c tanh(s / c))`` with c from the sampler's
-    `Bounds`: zero leaves the reference's variance. With a third D numbers the mean is
-    tied to the probability flow and they are its residual, as `samplers.scds` explains.
-    A control that can build on a shared `Backbone` also takes ``feature_dim`` in
-    ``init``.
+    context) -> [D] or [2 D]`` in unit coordinates; ``needs_score`` says whether the
+    energy gradient is worth computing. The second D numbers s, where returned, multiply
+    the kernel's variance by ``exp(c tanh(s / c))`` with c from the sampler's `Bounds`:
+    zero leaves the reference's variance. A control that can build on a shared
+    `Backbone` also takes ``feature_dim`` in ``init``.
     """
 
     @property

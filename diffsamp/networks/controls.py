@@ -27,8 +27,8 @@ def annealed_guide(x: Array, t: Array, score: Array, offset: float) -> Array:
 class _Head(nn.Module):
     """The learned part of a control: clipped drift [D], and all else that it returns.
 
-    That is nothing, log-variances [D], or log-variances and residuals [2 D]. An MLP, or
-    a linear layer on the features of a shared backbone.
+    That is nothing, or log-variances [D]. An MLP, or a linear layer on the features of
+    a shared backbone.
     """
 
     width: int
@@ -36,13 +36,12 @@ class _Head(nn.Module):
     output_clip: float
     learn_variance: bool
     step_conditioned: bool
-    flow_tied: bool
     octaves: int
 
     @nn.compact
     def __call__(self, x: Array, t: Array, context: Context) -> tuple[Array, Array]:
         size = x.shape[-1]
-        num_outputs = size * (3 if self.flow_tied else 1 + self.learn_variance)
+        num_outputs = size * (1 + self.learn_variance)
         if context.features is not None:
             if self.step_conditioned:
                 raise ValueError(
@@ -59,12 +58,8 @@ class _Head(nn.Module):
             mlp = FourierMLP(*size_of, octaves=self.octaves)
             step_size = context.step_size if self.step_conditioned else None
             out = mlp(x, t, context.condition, step_size)
-        drift, log_variance, residual = (
-            out[start : start + size] for start in (0, size, 2 * size)
-        )
-        residual = clip_outputs(residual, self.output_clip)
-        rest = jnp.concatenate([jnp.nan_to_num(log_variance), residual])
-        return clip_outputs(drift, self.output_clip), rest
+        drift, log_variance = out[:size], jnp.nan_to_num(out[size:])
+        return clip_outputs(drift, self.output_clip), log_variance
 
 
 def _head(module) -> _Head:
@@ -75,7 +70,6 @@ def _head(module) -> _Head:
         module.output_clip,
         module.learn_variance,
         module.step_conditioned,
-        module.flow_tied,
         module.octaves,
     )
 
@@ -88,7 +82,6 @@ class FreeModule(nn.Module):
     output_clip: float
     learn_variance: bool = False
     step_conditioned: bool = False
-    flow_tied: bool = False
     octaves: int = 0
 
     @nn.compact
@@ -107,7 +100,6 @@ class ScoreGuidedModule(nn.Module):
     initial_guidance: float
     learn_variance: bool = False
     step_conditioned: bool = False
-    flow_tied: bool = False
     octaves: int = 0
 
     @nn.compact
@@ -134,7 +126,6 @@ class AnnealedScoreModule(nn.Module):
     offset: float
     learn_variance: bool = False
     step_conditioned: bool = False
-    flow_tied: bool = False
     octaves: int = 0
 
     @nn.compact
@@ -155,7 +146,6 @@ class ReferenceGuidedModule(nn.Module):
     output_clip: float
     learn_variance: bool = False
     step_conditioned: bool = False
-    flow_tied: bool = False
     octaves: int = 0
 
     @nn.compact
@@ -173,7 +163,6 @@ def free(
     output_clip: float = 1e4,
     learn_variance: bool = False,
     step_conditioned: bool = False,
-    flow_tied: bool = False,
     octaves: int = 0,
 ) -> LinenControl:
     """A Fourier MLP that never asks for the energy gradient.
@@ -184,7 +173,6 @@ def free(
         output_clip: bound on each output.
         learn_variance: whether it also returns log-variances, see `Control`.
         step_conditioned: whether it sees the length of the step.
-        flow_tied: whether it returns log-variances and residuals, see `Control`.
         octaves: of the state, which it sees beside it (`with_octaves`); four or five
             where a step has to lead neighbouring states to different modes.
 
@@ -200,7 +188,6 @@ def free(
             output_clip,
             learn_variance,
             step_conditioned,
-            flow_tied,
             octaves,
         ),
         needs_score=False,
@@ -216,7 +203,6 @@ def score_guided(
     initial_guidance: float = 0.01,
     learn_variance: bool = False,
     step_conditioned: bool = False,
-    flow_tied: bool = False,
     octaves: int = 0,
 ) -> LinenControl:
     """Fourier MLP plus a learned multiple of the target score (PIS and DDS papers).
@@ -229,7 +215,6 @@ def score_guided(
         initial_guidance: factor on the score before training.
         learn_variance: whether it also returns log-variances, see `Control`.
         step_conditioned: whether it sees the length of the step.
-        flow_tied: whether it returns log-variances and residuals, see `Control`.
         octaves: of the state, which it sees beside it (`with_octaves`); four or five
             where a step has to lead neighbouring states to different modes.
     """
@@ -241,7 +226,6 @@ def score_guided(
         initial_guidance,
         learn_variance,
         step_conditioned,
-        flow_tied,
         octaves,
     )
     return LinenControl(module, needs_score=True)
@@ -256,7 +240,6 @@ def annealed_score_guided(
     offset: float = 1.0,
     learn_variance: bool = False,
     step_conditioned: bool = False,
-    flow_tied: bool = False,
     octaves: int = 0,
 ) -> LinenControl:
     """Fourier MLP plus the score interpolated from reference to target (DIS paper).
@@ -271,7 +254,6 @@ def annealed_score_guided(
         offset: 1 if the process contains the reference drift, else 0.
         learn_variance: whether it also returns log-variances, see `Control`.
         step_conditioned: whether it sees the length of the step.
-        flow_tied: whether it returns log-variances and residuals, see `Control`.
         octaves: of the state, which it sees beside it (`with_octaves`); four or five
             where a step has to lead neighbouring states to different modes.
     """
@@ -283,7 +265,6 @@ def annealed_score_guided(
         offset,
         learn_variance,
         step_conditioned,
-        flow_tied,
         octaves,
     )
     return LinenControl(module, needs_score=True)

@@ -34,7 +34,6 @@ class CoordinatewiseModule(nn.Module):
     use_score: bool = True
     learn_variance: bool = False
     step_conditioned: bool = False
-    flow_tied: bool = False
     octaves: int = 0
 
     @nn.compact
@@ -54,7 +53,7 @@ class CoordinatewiseModule(nn.Module):
         for _ in range(self.depth):
             hidden = nn.Dense(self.width, param_dtype=dtype)(nn.gelu(hidden))
         out = nn.Dense(
-            3 if self.flow_tied else 1 + self.learn_variance,
+            1 + self.learn_variance,
             kernel_init=nn.initializers.zeros,
             param_dtype=dtype,
         )(nn.gelu(hidden))
@@ -63,9 +62,7 @@ class CoordinatewiseModule(nn.Module):
             scale = TimeScale(self.width, len(x))(t)
             guide = annealed_guide(x, t, score, self.offset)
             drift += context.gain * scale * guide
-        rest = [jnp.nan_to_num(out[:, 1:2])]
-        rest.append(clip_outputs(out[:, 2:], self.output_clip))
-        return jnp.concatenate([drift, *(v.T.ravel() for v in rest)])
+        return jnp.concatenate([drift, jnp.nan_to_num(out[:, 1:]).ravel()])
 
 
 def coordinatewise(
@@ -78,7 +75,6 @@ def coordinatewise(
     use_score: bool = True,
     learn_variance: bool = False,
     step_conditioned: bool = False,
-    flow_tied: bool = False,
     octaves: int = 0,
 ) -> LinenControl:
     """One network for all coordinates, and the score as `annealed_score_guided` has it.
@@ -95,7 +91,6 @@ def coordinatewise(
         use_score: whether it asks for the energy gradient, as an input and as a guide.
         learn_variance: whether it also returns log-variances, see `Control`.
         step_conditioned: whether it sees the length of the step.
-        flow_tied: whether it returns log-variances and residuals, see `Control`.
         octaves: of each coordinate, as in `networks.free`.
 
     Example:
@@ -112,7 +107,6 @@ def coordinatewise(
         use_score,
         learn_variance,
         step_conditioned,
-        flow_tied,
         octaves,
     )
     return LinenControl(module, needs_score=use_score)

@@ -31,13 +31,12 @@ class DataPredictionModule(nn.Module):
     depth: int
     schedule: NoiseSchedule
     learn_variance: bool = False
-    flow_tied: bool = False
     octaves: int = 0
 
     @nn.compact
     def __call__(self, x: Array, t: Array, context: Context) -> Array:
         size = x.shape[-1]
-        num_outputs = size * (3 if self.flow_tied else 1 + self.learn_variance)
+        num_outputs = size * (1 + self.learn_variance)
         size_of = self.width, self.depth, num_outputs
         mlp = FourierMLP(*size_of, octaves=self.octaves)
         out = mlp(x, t, context.condition, context.step_size)
@@ -57,7 +56,6 @@ def data_prediction(
     depth: int = 2,
     *,
     learn_variance: bool = False,
-    flow_tied: bool = False,
     octaves: int = 0,
 ) -> LinenControl:
     """A step-conditioned network that predicts the end of the path; no energy.
@@ -69,7 +67,6 @@ def data_prediction(
         width: hidden width.
         depth: hidden layers.
         learn_variance: whether it also returns log-variances, see `Control`.
-        flow_tied: whether it returns log-variances and residuals, see `Control`.
         octaves: as in `networks.free`.
 
     Example:
@@ -79,7 +76,5 @@ def data_prediction(
         ...     dim=2, schedule=schedule, network=ds.networks.data_prediction(schedule)
         ... )
     """
-    module = DataPredictionModule(
-        width, depth, schedule, learn_variance, flow_tied, octaves
-    )
+    module = DataPredictionModule(width, depth, schedule, learn_variance, octaves)
     return LinenControl(module, needs_score=False)

@@ -9,6 +9,7 @@ import jax
 from flax import linen as nn
 
 from diffsamp.networks.base import LinenBackbone, LinenControl
+from diffsamp.networks.tied import Tied, tied
 from diffsamp.types import Array, Key, Params
 
 Algorithm = jax.lax.DotAlgorithmPreset
@@ -48,9 +49,9 @@ class ReducedPrecision:
 
 
 def reduced_precision(
-    network: LinenControl | LinenBackbone,
+    network: LinenControl | LinenBackbone | Tied,
     algorithm: Algorithm = Algorithm.BF16_BF16_F32,
-) -> ReducedPrecision:
+) -> ReducedPrecision | Tied:
     """A Flax network with matrix products in bfloat16 or TensorFloat-32.
 
     Factors are rounded, sums and everything between the products stay in float32, and
@@ -59,7 +60,8 @@ def reduced_precision(
     Z included. Parameters are stored and updated in float32.
 
     Args:
-        network: a control or backbone of this module, or one made by `linen`.
+        network: a control or backbone of this module, or one made by `linen`; of
+            `tied` ones both.
         algorithm: ``jax.lax.DotAlgorithmPreset.BF16_BF16_F32``, which rounds on every
             backend and is fast on GPU and TPU, or ``TF32_TF32_F32``, for GPUs only.
 
@@ -71,6 +73,10 @@ def reduced_precision(
         >>> network = ds.networks.reduced_precision(ds.networks.score_guided())
         >>> sampler = ds.samplers.pis(dim=2, num_steps=4, network=network)
     """
+    if isinstance(network, Tied):
+        both: Any = (network.flow, network.residual)
+        both = [reduced_precision(part, algorithm) for part in both]
+        return tied(*both)
     if not isinstance(network, LinenControl | LinenBackbone):
         raise ValueError(
             "network must be a Flax control or backbone, got "

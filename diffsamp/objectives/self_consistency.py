@@ -19,9 +19,19 @@ too wide by 7 %. With ``second_order`` the target of the shortest pair is that o
 `solvers.linear_end`, which at no further cost is right within 0.1 % there. Longer
 steps are compared as before.
 
-States come from whatever behaviour there is and carry no gradient. The second short
-step of a control that is shown the score costs one energy gradient per pair. The paper
-divides by D once more and takes an optimiser step of its own for this loss.
+Errors of the halves are those of the whole, doubling by doubling. With ``whole_paths``
+a long step of 2^k of the shortest ones is compared with where these lead themselves,
+
+    loss = mean |F(x_t; t, d) - sg x_{t + d}|^2 / (D s^2),
+
+x the flow from a draw of the reference, solved on the finest grid with the current
+parameters once for each path of the batch. The minimum is the same; nothing but the
+finest flow is handed on.
+
+Otherwise states come from whatever behaviour there is, and the second short step of a
+control that is shown the score costs one energy gradient per pair. States carry no
+gradient. The paper divides by D once more and takes an optimiser step of its own for
+this loss.
 """
 
 from __future__ import annotations
@@ -34,8 +44,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from diffsamp._distributions import standard_normal
 from diffsamp.objectives.common import row_mean
-from diffsamp.objectives.teachers import check_second_order, weights_of_pairs
+from diffsamp.objectives.teachers import check_second_order, follow, weights_of_pairs
 from diffsamp.sampler import Sampler
 from diffsamp.types import Array, Cost, Objective, Requirements, as_count
 
@@ -102,6 +113,7 @@ def self_consistency(
     pairs: Pairs = _UNIFORM,
     ema_decay: float | None = None,
     second_order: bool = False,
+    whole_paths: bool = False,
     pairs_per_path: int = 1,
 ) -> Objective:
     """Squared distance between one long step of the flow and two of half its length.
@@ -113,6 +125,9 @@ def self_consistency(
             the two short steps; None for the current ones.
         second_order: whether the two shortest steps are taken together, see above; the
             paper's loss is without.
+        whole_paths: whether long steps are compared with where the shortest ones lead,
+            along flows from draws of the reference, instead of two of half the length;
+            it takes as many calls as simulating the batch. The paper's loss is without.
         pairs_per_path: pairs of every path of the batch. A pair costs three calls of
             the network, a path as many as it has steps: with 128 of them a gradient of
             less noise is nearly free.
@@ -151,22 +166,43 @@ def self_consistency(
         num_levels = _num_halvings(sampler.num_steps)
         short = params["sampler"] if ema_decay is None else average
         short = jax.lax.stop_gradient(short)
-        for_level, for_place = jax.random.split(batch.key)
-        shape = batch.on_policy.shape[0], pairs_per_path
+        for_level, for_place, for_start = jax.random.split(batch.key, 3)
+        shape, dtype = (batch.on_policy.shape[0], pairs_per_path), batch.paths.xs.dtype
         log_probs = pairs(num_levels, batch.count)
         level = 1 + jax.random.categorical(for_level, log_probs, shape=shape)
         num_long = jnp.asarray(sampler.num_steps) >> level
         place = jax.random.randint(for_place, shape, 0, num_long)
         condition = batch.condition if batch.condition.shape[-1] else None
+        step_of = _steps_of_all_grids(sampler)
+
+        def miss(num_long, place, x, score, end, condition):
+            own, long = params["sampler"], step_of(num_long, place)
+            reached = sampler.flow_step(own, long, x, score, condition)
+            return jnp.mean((sampler.unit(reached) - end) ** 2)
+
+        def of_flow(num_long, place, key, condition):
+            stride = 2 if second_order else 1
+            advance = follow(sampler, short, batch.energy, condition, second_order)
+            start = sampler.original(standard_normal(key, (sampler.dim,), dtype))
+            moves = jnp.arange(sampler.num_steps // stride)
+            end, xs = jax.lax.scan(lambda x, k: (advance(k, x), x), start, moves)
+            xs = jax.lax.stop_gradient(jnp.concatenate([xs, end[None]]))
+
+            def of_step(num_long, place):
+                length = sampler.num_steps // num_long // stride
+                x, end = xs[place * length], xs[(place + 1) * length]
+                score = sampler.score_at(batch.energy, x, condition)
+                return miss(num_long, place, x, score, sampler.unit(end), condition)
+
+            return jax.vmap(of_step)(num_long, place)
+
         weights_of_all = weights_of_pairs(sampler) if second_order else ()
 
         def of_pair(num_long, place, path, condition):
-            step_of = _steps_of_all_grids(sampler)
-            long = step_of(num_long, place)
             first, second = (step_of(2 * num_long, 2 * place + i) for i in range(2))
             start = place * (sampler.num_steps // num_long)
             x, score = path.xs[start], path.scores[start]
-            y, own = sampler.unit(x), params["sampler"]
+            y = sampler.unit(x)
             now = sampler.flow_control(short, first, x, score, condition)
             share, later_share = (1 - s.generation_decay for s in (first, second))
             middle = sampler.original(y + share * now)
@@ -180,15 +216,20 @@ def self_consistency(
                     for weight, usual in zip(pair, (share, later_share), strict=True)
                 )
             end = jax.lax.stop_gradient(y + share * now + later_share * later)
-            reached = sampler.flow_step(own, long, x, score, condition)
-            return jnp.mean((sampler.unit(reached) - end) ** 2)
+            return miss(num_long, place, x, score, end, condition)
 
-        paths = jax.lax.stop_gradient(batch.paths)
-        of_path = jax.vmap(of_pair, in_axes=(0, 0, None, None))
-        values = jax.vmap(of_path)(num_long, place, paths, condition)
+        if whole_paths:
+            keys = jax.random.split(for_start, shape[0])
+            values = jax.vmap(of_flow)(num_long, place, keys, condition)
+            calls = shape[0] * sampler.num_steps + values.size
+            gradients = calls
+        else:
+            paths = jax.lax.stop_gradient(batch.paths)
+            of_path = jax.vmap(of_pair, in_axes=(0, 0, None, None))
+            values = jax.vmap(of_path)(num_long, place, paths, condition)
+            calls, gradients = 3 * values.size, values.size
         value = row_mean(values, jnp.isfinite(values))
-        gradients = values.size if sampler.needs_score else 0
-        cost = Cost(0, gradients, 3 * values.size)
+        cost = Cost(0, gradients if sampler.needs_score else 0, calls)
         return value, {"cost": cost, "self_consistency": value}
 
     def update(params, average, batch):
@@ -216,7 +257,8 @@ def _check_control(sampler: Any) -> None:
     For a sampler of a single step count the loss is a penalty on curved paths.
     """
     sampler.check_flow()
-    control = getattr(sampler.generation, "network", sampler.generation)
+    control = sampler.flow_network
+    control = getattr(control, "network", control)
     module = getattr(control, "module", None)
     if sampler.finest is None or getattr(module, "step_conditioned", True):
         return

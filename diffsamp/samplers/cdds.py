@@ -10,11 +10,17 @@ fresh noise (Song et al. 2023, arXiv 2303.01469):
 relative to loc. The papers' last step has no noise, and then draws have no density and
 no weight; here it keeps ``smallest_std`` e, by default a hundredth of the reference's
 scale, and so there is a weight at every number of steps, 1 included. It is a good one
-only if the kernel q knows which x led to x': learn it (``learn_destruction``) by
-`objectives.trajectory_likelihood`, and the noise with it.
+only if the kernel q knows which x led to x': learn it (``learn_destruction``), and the
+noise with it (``learn_generation_variance``), which is then
 
-Train by `objectives.consistency_distillation` or `objectives.continuous_consistency`,
-in a sum with any other objective; the student has no energy gradients in its network.
+    p(x' | x) = N(alpha' f(x, t) + w K^(-1/2) r, exp(c tanh(v / c)) w^2),
+
+with w^2 = (1 - alpha'^2 + e^2) s^2, and the residual r and v from a network of their
+own (`networks.tied`).
+
+Train f by `objectives.consistency_distillation` or `objectives.continuous_consistency`,
+in a sum with any objective on paths for the rest, which leaves f as it is; the student
+has no energy gradients in its network.
 """
 
 from __future__ import annotations
@@ -25,7 +31,7 @@ from diffsamp import networks, schedules
 from diffsamp.networks import Control
 from diffsamp.processes import Renoising
 from diffsamp.sampler import Bounds, Sampler
-from diffsamp.samplers.common import FEW_STEPS, destruction_control, with_variance
+from diffsamp.samplers.common import FEW_STEPS, destruction_control, with_residual
 
 
 def cdds(
@@ -56,8 +62,9 @@ def cdds(
         time_grid: ``num_steps -> times``; uniform by default.
         smallest_std: noise of the last step, in units of the reference's scale.
         network: by default `networks.consistency`.
-        learn_generation_variance: whether the network also learns how much noise each
-            step has. It switches on ``learn_variance`` of a given network.
+        learn_generation_variance: whether how much noise each step has, and how far its
+            mean is from where f says, is learned by a `networks.free` of its own. For
+            another of its kind, or size, give ``network`` as `networks.tied`.
         learn_destruction: whether mean and variance of the destruction kernel are
             learned. It switches on ``learn_variance`` of a given destruction network.
         destruction_network: its control; by default `networks.free` with
@@ -87,10 +94,8 @@ def cdds(
             time_grid or schedules.power_grid(),
             smallest_std,
         ),
-        generation=with_variance(
-            network or networks.consistency(),
-            learn_generation_variance,
-            "learn_generation_variance",
+        generation=with_residual(
+            network or networks.consistency(), learn_generation_variance
         ),
         destruction=destruction_control(
             destruction_network, learn_destruction, step_conditioned=True

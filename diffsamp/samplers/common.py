@@ -19,7 +19,7 @@ import dataclasses
 from typing import Any
 
 from diffsamp import networks
-from diffsamp.networks import Control, LinenControl, ReducedPrecision
+from diffsamp.networks import Control, LinenControl, ReducedPrecision, Tied
 from diffsamp.sampler import Bounds
 
 DEFAULT_BOUNDS = Bounds()
@@ -37,19 +37,17 @@ def destruction_control(
     return with_variance(network, learned, "learn_destruction")
 
 
-def with_variance(
-    control: Control, learned: bool, argument: str, *, switch: str = "learn_variance"
-) -> Control:
+def with_variance(control: Control, learned: bool, argument: str) -> Control:
     """The control, with the variance of its kernel learned where that was asked for.
 
     Args:
-        control: a Flax control whose module has the switch; any, if not learned.
+        control: a Flax control whose module has the field ``learn_variance``; any, if
+            not learned.
         learned: whether it is asked for; otherwise the control is returned as it is.
         argument: name of the argument that asks, for the error.
-        switch: field of the module, ``learn_variance`` or ``flow_tied``.
 
     Raises:
-        ValueError: when the control has no such switch.
+        ValueError: when the control has no such field.
 
     Example:
         >>> import diffsamp as ds
@@ -62,8 +60,9 @@ def with_variance(
     if not learned or not hasattr(control, "init"):  # which `Sampler` reports
         return control
     if isinstance(control, ReducedPrecision):
-        network = with_variance(control.network, learned, argument, switch=switch)
+        network = with_variance(control.network, learned, argument)
         return dataclasses.replace(control, network=network)
+    switch = "learn_variance"
     if not isinstance(control, LinenControl) or not hasattr(control.module, switch):
         kind = type(getattr(control, "module", control)).__name__
         raise ValueError(
@@ -73,7 +72,20 @@ def with_variance(
             f"is, leave {argument} out"
         )
     module = control.module
-    if getattr(module, switch) or getattr(module, "flow_tied", False):
+    if getattr(module, switch):
         return control
     changes: dict[str, Any] = {switch: True}
     return dataclasses.replace(control, module=module.clone(**changes))
+
+
+def with_residual(flow: Control, learned: bool) -> Control:
+    """The control of a flow, with a residual and variances where that was asked for.
+
+    Args:
+        flow: any control; a tied one is returned as it is.
+        learned: whether it is asked for; otherwise the control is returned as it is.
+    """
+    if not learned or isinstance(flow, Tied) or not hasattr(flow, "init"):
+        return flow
+    residual = networks.free(step_conditioned=True, learn_variance=True)
+    return networks.tied(flow, residual)

@@ -14,7 +14,7 @@ single step to do the work of all. The kernels, and therefore the weights, are v
 every number of steps; with few they are only as good as Gaussian kernels of the
 process' variance can be.
 
-With ``learn_generation_variance`` the noise becomes the network's choice, and the mean
+With ``learn_generation_variance`` the noise becomes a network's choice, and the mean
 follows it: with f the step of the flow, M the mean above and r the share of the
 process' variance that the kernel keeps, per state, coordinate and step length,
 
@@ -24,9 +24,10 @@ process' variance that the kernel keeps, per state, coordinate and step length,
 At r = 1, where training starts, this is the kernel above; as r falls the paths tend to
 those of the flow, whose law of x' is right where that of M without its noise would be
 far too narrow (composed over many steps it shrinks a unit normal to 0.08). The
-residual e, a third output of the network next to u and v, is whatever is left to
-correct: self-consistency ties f alone. ``learn_destruction`` adds the way back, which
-for small r has to learn the inverse of the flow's step.
+residual e is whatever is left to correct, and comes with v from a network of its own
+(`networks.tied`): f is self-consistency's alone, and no objective on paths of few steps
+moves it. ``learn_destruction`` adds the way back, which for small r has to learn the
+inverse of the flow's step.
 
 The factor g multiplies e and all of the learned destruction, too. It is 0 at F steps,
 the number with which the sampler was built (`Sampler.finest`): there the kernels are
@@ -49,7 +50,7 @@ from diffsamp import networks, schedules
 from diffsamp.networks import Control
 from diffsamp.processes import Process, VariancePreserving
 from diffsamp.sampler import Bounds, Sampler
-from diffsamp.samplers.common import FEW_STEPS, destruction_control, with_variance
+from diffsamp.samplers.common import FEW_STEPS, destruction_control, with_residual
 from diffsamp.samplers.dis import dis
 
 
@@ -84,9 +85,10 @@ def scds(
             must be every other time of this one.
         network: control; by default `networks.annealed_score_guided` with
             ``step_conditioned=True``.
-        learn_generation_variance: whether the control also learns the generation
-            kernel's variance and ties its mean to the flow, per state, coordinate and
-            step length. It switches on ``flow_tied`` of a given network.
+        learn_generation_variance: whether the generation kernel's variance, and how
+            far its mean is from the flow, is learned, per state, coordinate and step
+            length, by a `networks.free` of its own. For another of its kind, or size,
+            give ``network`` as `networks.tied`.
         learn_destruction: whether mean and variance of the destruction kernel are
             learned, too, starting at the reference's. The probability flow stays that
             of the reference's destruction. It switches on ``learn_variance`` of a given
@@ -116,6 +118,7 @@ def scds(
         >>> fast(params, jax.random.key(1), target.energy).xs.shape
         (2, 2)
     """
+    network = network or networks.annealed_score_guided(step_conditioned=True)
     sampler = dis(
         dim,
         num_steps,
@@ -123,12 +126,6 @@ def scds(
         scale=scale,
         schedule=schedule,
         time_grid=time_grid,
-        network=with_variance(
-            network or networks.annealed_score_guided(step_conditioned=True),
-            learn_generation_variance,
-            "learn_generation_variance",
-            switch="flow_tied",
-        ),
         destruction_network=destruction_control(
             destruction_network, learn_destruction, step_conditioned=True
         ),
@@ -144,4 +141,5 @@ def scds(
             "variance is not learned; give the number of steps of a finer one, "
             "finest=128 for one, or leave out learn_generation_variance"
         )
-    return dataclasses.replace(sampler, finest=finest)
+    network = with_residual(network, learn_generation_variance)
+    return dataclasses.replace(sampler, generation=network, finest=finest)

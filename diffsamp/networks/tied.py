@@ -1,0 +1,95 @@
+"""A flow from one network, and what a kernel adds to it from another.
+
+Where steps are few, the mean of a Gaussian kernel and the place where the flow leads
+are two things: self-consistency or distillation says what the flow is, an objective on
+paths what the best kernel. A kernel that is to make up for what cannot be Gaussian
+widens the flow's draws by as much; so the two have networks of their own,
+
+    mean = flow's + g std e,    variance = std^2 exp(g c tanh(v / c)),
+
+std and g as in `Sampler`, and what kernels ask for moves the second network alone: it
+returns the residual e and the log-variances v, and the first is held
+(`jax.lax.stop_gradient`), except on the grid where flow and kernel are one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+
+from diffsamp.networks.base import Context, Control
+from diffsamp.types import Array, Key, Params
+
+
+@dataclasses.dataclass(frozen=True)
+class Tied:
+    """Two controls; see `tied`."""
+
+    flow: Control
+    residual: Control
+
+    @property
+    def needs_score(self) -> bool:
+        return self.flow.needs_score or self.residual.needs_score
+
+    def init(self, key: Key, dim: int, condition_dim: int) -> Params:
+        for_flow, for_residual = jax.random.split(key)
+        return {
+            "flow": self.flow.init(for_flow, dim, condition_dim),
+            "residual": self.residual.init(for_residual, dim, condition_dim),
+        }
+
+    def __call__(self, params: Params, x: Array, t: Array, context: Context) -> Array:
+        """The flow's control alone, [D]."""
+        control = self.flow(params["flow"], x, t, context)
+        if control.shape != x.shape:
+            raise ValueError(
+                f"the network of a flow must return [{len(x)}] numbers for one point, "
+                f"got {list(control.shape)}; leave learn_variance out, which is for "
+                "the network of the residual"
+            )
+        return control
+
+    def held(
+        self, params: Params, x: Array, t: Array, context: Context
+    ) -> tuple[Array, Array]:
+        """The flow's control [D] as it is, and residual and log-variances [2 D]."""
+        fixed = {"flow": jax.lax.stop_gradient(params["flow"])}
+        flow = self(fixed, x, t, context)
+        residual = self.residual(params["residual"], x, t, context)
+        if residual.shape != (2 * len(x),):
+            raise ValueError(
+                f"the network of a residual must return [{2 * len(x)}] numbers for "
+                f"one point, got {list(residual.shape)}; build it with "
+                "learn_variance=True"
+            )
+        return flow, residual
+
+
+def tied(flow: Control, residual: Control) -> Tied:
+    """A control for few steps whose flow no objective on paths moves.
+
+    For the generation kernel of `samplers.scds`, where the flow is trained on the
+    finest grid and by `objectives.self_consistency`, and of `samplers.cdds`, where it
+    is the consistency function and trained by distillation.
+
+    Args:
+        flow: any control of [D] numbers; `consistency`, or another with
+            ``step_conditioned=True``.
+        residual: any control of [2 D] numbers: what is added to the mean, and
+            log-variances; `free`, for one, with ``learn_variance=True`` and
+            ``step_conditioned=True``.
+
+    Raises:
+        ValueError: while a path is drawn, when either returns another number.
+
+    Example:
+        >>> import diffsamp as ds
+        >>> network = ds.networks.tied(
+        ...     ds.networks.annealed_score_guided(step_conditioned=True, octaves=4),
+        ...     ds.networks.free(step_conditioned=True, learn_variance=True),
+        ... )
+        >>> sampler = ds.samplers.scds(dim=2, network=network, learn_destruction=True)
+    """
+    return Tied(flow, residual)
