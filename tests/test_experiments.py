@@ -776,7 +776,7 @@ def test_students_draw_without_their_way_back():
     student = script.make_sampler(cell, "cdds", 2).with_num_steps(2)
     params, energy = student.init(jax.random.key(0)), ds.targets.gmm9().energy
     alone, own = script.unweighted("cdds", student, params)
-    assert student.evaluations_per_path.network == 4
+    assert student.evaluations_per_path.network == 2 * 3
     assert alone.evaluations_per_path.network == 2
     a = student.final(params, jax.random.key(1), energy).x
     np.testing.assert_allclose(alone.final(own, jax.random.key(1), energy).x, a)
