@@ -97,6 +97,7 @@ class Cell:
 
 
 OTHERS = tuple(method for method in METHODS if method != "any_step")
+NO_STUDENT = tuple(method for method in OTHERS if method != "cdds")
 LONG = {"num_updates": 10_000}
 WELLS = (1.4,) * 5 + (1.0,) * 45  # standard deviations of mw52
 CELLS = (
@@ -104,10 +105,21 @@ CELLS = (
         "gmm9",
         3.0,
         0.18,
-        methods=OTHERS,
+        methods=NO_STUDENT,
         **LONG,
         consistency=20.0,
         octaves=4,
+        num_repeats=50,
+    ),
+    Cell(
+        "gmm9",
+        3.0,
+        0.18,
+        methods=("cdds",),
+        student_updates=30_000,
+        depth=3,
+        consistency=20.0,
+        octaves=5,
         num_repeats=50,
     ),
     Cell(
