@@ -779,7 +779,9 @@ def test_students_draw_without_their_way_back():
     assert student.evaluations_per_path.network == 2 * 3
     assert alone.evaluations_per_path.network == 2
     a = student.final(params, jax.random.key(1), energy).x
-    np.testing.assert_allclose(alone.final(own, jax.random.key(1), energy).x, a)
+    np.testing.assert_allclose(
+        alone.final(own, jax.random.key(1), energy).x, a, rtol=1e-5
+    )
 
 
 BOUNDS = {
