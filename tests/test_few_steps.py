@@ -169,6 +169,21 @@ def test_paths_of_few_steps_leave_the_flow_to_other_objectives():
         assert moved == {"flow": True, "residual": False}
 
 
+def test_where_variances_start(x64):
+    """At -2 of the bound's 10, and none of it on the training grid."""
+    tied = ds.networks.tied(FLOW, BACK, log_variance=-2.0)
+    for num_steps, share in ((1, 1.0), (2, 1 / 3**0.5), (4, 0.0)):
+        sampler = sampler_of(4, network=tied, destruction_network=None)
+        few = sampler.with_num_steps(num_steps)
+        params = few.init(KEY)
+        path = few.simulate(params, KEY, skewed_energy)
+        expected = share * 10 * np.tanh(-0.2)
+        found = few.log_variance_ratios(params, path)
+        np.testing.assert_allclose(found, expected, atol=1e-9)
+    with pytest.raises(ValueError, match="log_variance must be finite, got nan"):
+        ds.networks.tied(FLOW, BACK, log_variance=float("nan"))
+
+
 def test_both_networks_of_a_step_are_counted():
     sampler = sampler_of(4)
     assert sampler.evaluations_per_path.network == 4 * 2

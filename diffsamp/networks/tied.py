@@ -15,6 +15,7 @@ returns the residual e and the log-variances v, and the first is held
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import jax
 
@@ -28,6 +29,7 @@ class Tied:
 
     flow: Control
     residual: Control
+    log_variance: float = 0.0
 
     @property
     def needs_score(self) -> bool:
@@ -64,10 +66,10 @@ class Tied:
                 f"one point, got {list(residual.shape)}; build it with "
                 "learn_variance=True"
             )
-        return flow, residual
+        return flow, residual.at[len(x) :].add(self.log_variance)
 
 
-def tied(flow: Control, residual: Control) -> Tied:
+def tied(flow: Control, residual: Control, *, log_variance: float = 0.0) -> Tied:
     """A control for few steps whose flow no objective on paths moves.
 
     For the generation kernel of `samplers.scds`, where the flow is trained on the
@@ -80,9 +82,11 @@ def tied(flow: Control, residual: Control) -> Tied:
         residual: any control of [2 D] numbers: what is added to the mean, and
             log-variances; `free`, for one, with ``learn_variance=True`` and
             ``step_conditioned=True``.
+        log_variance: added to the log-variances v: where they are before training.
 
     Raises:
-        ValueError: while a path is drawn, when either returns another number.
+        ValueError: when log_variance is not finite; while a path is drawn, when either
+            returns another number.
 
     Example:
         >>> import diffsamp as ds
@@ -92,4 +96,6 @@ def tied(flow: Control, residual: Control) -> Tied:
         ... )
         >>> sampler = ds.samplers.scds(dim=2, network=network, learn_destruction=True)
     """
-    return Tied(flow, residual)
+    if not math.isfinite(log_variance):
+        raise ValueError(f"log_variance must be finite, got {log_variance}")
+    return Tied(flow, residual, float(log_variance))

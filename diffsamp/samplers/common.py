@@ -78,14 +78,17 @@ def with_variance(control: Control, learned: bool, argument: str) -> Control:
     return dataclasses.replace(control, module=module.clone(**changes))
 
 
-def with_residual(flow: Control, learned: bool) -> Control:
+def with_residual(
+    flow: Control, learned: bool, *, log_variance: float = 0.0
+) -> Control:
     """The control of a flow, with a residual and variances where that was asked for.
 
     Args:
         flow: any control; a tied one is returned as it is.
         learned: whether it is asked for; otherwise the control is returned as it is.
+        log_variance: where variances start, see `networks.tied`.
     """
     if not learned or isinstance(flow, Tied) or not hasattr(flow, "init"):
         return flow
     residual = networks.free(step_conditioned=True, learn_variance=True)
-    return networks.tied(flow, residual)
+    return networks.tied(flow, residual, log_variance=log_variance)

@@ -21,13 +21,15 @@ process' variance that the kernel keeps, per state, coordinate and step length,
     p(x' | x) = N(f + min(r, 1) (M - f) + g a^(1/2) s K^(-1/2) e,  r a s^2),
     r = exp(g c tanh(v / c)),    g = ((F/K - 1) / (F - 1))^(1/2).
 
-At r = 1, where training starts, this is the kernel above; as r falls the paths tend to
-those of the flow, whose law of x' is right where that of M without its noise would be
-far too narrow (composed over many steps it shrinks a unit normal to 0.08). The
-residual e is whatever is left to correct, and comes with v from a network of its own
-(`networks.tied`): f is self-consistency's alone, and no objective on paths of few steps
-moves it. ``learn_destruction`` adds the way back, which for small r has to learn the
-inverse of the flow's step.
+At r = 1 this is the kernel above; as r falls the paths tend to those of the flow, whose
+law of x' is right where that of M without its noise would be far too narrow (composed
+over many steps it shrinks a unit normal to 0.08). The residual e is whatever is left to
+correct, and comes with v from a network of its own (`networks.tied`): f is
+self-consistency's alone, and no objective on paths of few steps moves it. Training
+starts near the flow, at v = -4: from r = 1 single steps may end in another optimum,
+where there is so much noise that the way back need not know anything.
+``learn_destruction`` adds the way back, which for small r has to learn the inverse of
+the flow's step.
 
 The factor g multiplies e and all of the learned destruction, too. It is 0 at F steps,
 the number with which the sampler was built (`Sampler.finest`): there the kernels are
@@ -52,6 +54,8 @@ from diffsamp.processes import Process, VariancePreserving
 from diffsamp.sampler import Bounds, Sampler
 from diffsamp.samplers.common import FEW_STEPS, destruction_control, with_residual
 from diffsamp.samplers.dis import dis
+
+QUIET = -4.0  # log-variance of untrained kernels of one step, over the reference's
 
 
 def scds(
@@ -141,5 +145,5 @@ def scds(
             "variance is not learned; give the number of steps of a finer one, "
             "finest=128 for one, or leave out learn_generation_variance"
         )
-    network = with_residual(network, learn_generation_variance)
+    network = with_residual(network, learn_generation_variance, log_variance=QUIET)
     return dataclasses.replace(sampler, generation=network, finest=finest)
