@@ -275,12 +275,12 @@ def test_rollout_gradient_is_that_of_a_plain_loop(x64, name, keep_states):
         assert np.any(leaf != 0) != constant
 
 
-def _backward_bytes(sampler, params, batch_size=64, **options):
+def _backward_bytes(sampler, params, batch_size=64, energy=skewed_energy, **options):
     @jax.jit
     @jax.grad
     def gradient(params, keys):
         def one(key):
-            rolled, _ = sampler.rollout(params, key, skewed_energy, **options)
+            rolled, _ = sampler.rollout(params, key, energy, **options)
             return rolled.log_weight
 
         return jnp.mean(jax.vmap(one)(keys))
@@ -297,6 +297,20 @@ def test_rollout_memory_grows_like_the_root_of_the_step_count(name):
     params = sampler.init(jax.random.key(0))
     few, many = (_backward_bytes(sampler.with_num_steps(k), params) for k in (16, 256))
     assert many < 6 * few  # 4 by the root of 16, and the scores, which are kept
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PROCESSES)
+def test_rollout_memory_in_32_dimensions(name):
+    """Where scores, all of which are kept, outweigh a root of the states."""
+    sampler, size = SAMPLERS[name](dim=32, loc=0.4, scale=1.8), 64
+    params = sampler.init(jax.random.key(0))
+    few, many = (
+        _backward_bytes(sampler.with_num_steps(k), params, size, lambda x: x @ x)
+        for k in (16, 256)
+    )
+    scores = 4 * size * 32 * 256 * sampler.needs_score
+    assert many < 4 * few + 1.1 * scores
 
 
 @pytest.mark.slow
@@ -325,8 +339,9 @@ def test_evaluations_are_counted_as_they_are_made(name):
     back = jax.jit(lambda p, k, x: sampler.trace_back(p, k, x, energy))
     back(params, jax.random.key(1), trajectory.x)
     assert take() == expected
+    networks = len(params) + isinstance(sampler.generation, ds.networks.Tied)
     shared = sampler.backbone is not None  # evaluated once per state
-    assert per_path.network == (K + 1 if shared else K * len(params))
+    assert per_path.network == (K + 1 if shared else K * networks)
 
 
 # -- conditional energies -------------------------------------------------------------
