@@ -119,8 +119,10 @@ def test_the_exact_prediction_does_not_change_along_the_flow(x64):
     assert missed == pytest.approx(0.3, rel=1e-4)  # d/dt of 0.3 (1 - t)
 
 
-def test_the_end_is_the_identity_at_the_end():
-    student = student_of(ds.networks.consistency(**SMALL))
+@pytest.mark.parametrize("coordinatewise", [False, True])
+def test_the_end_is_the_identity_at_the_end(coordinatewise):
+    network = ds.networks.consistency(**SMALL, coordinatewise=coordinatewise)
+    student = student_of(network)
     params, x = student.init(KEY), jnp.array([1.3, -2.0])
     params = jax.tree.map(lambda leaf: leaf + 0.3, params)
     end = student.predicted_end(params, jnp.ones(()), x)
@@ -129,8 +131,10 @@ def test_the_end_is_the_identity_at_the_end():
     assert not np.any(np.isclose(early, x))
 
 
-def test_no_prediction_of_a_step_is_farther_off_than_the_clip():
-    student = student_of(ds.networks.consistency(**SMALL, output_clip=3.0))
+@pytest.mark.parametrize("coordinatewise", [False, True])
+def test_no_prediction_of_a_step_is_farther_off_than_the_clip(coordinatewise):
+    options = {"output_clip": 3.0, "coordinatewise": coordinatewise}
+    student = student_of(ds.networks.consistency(**SMALL, **options))
     params = jax.tree.map(lambda leaf: leaf + 9.0, student.init(KEY))
     y = jnp.array([100.0, -100.0])
     end = student.unit(

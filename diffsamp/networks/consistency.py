@@ -7,6 +7,7 @@ from flax import linen as nn
 
 from diffsamp.networks.base import Context, LinenControl
 from diffsamp.networks.controls import clip_outputs
+from diffsamp.networks.coordinatewise import CoordinatewiseModule
 from diffsamp.networks.fourier import FourierMLP
 from diffsamp.types import Array
 
@@ -26,14 +27,27 @@ class ConsistencyModule(nn.Module):
     output_clip: float
     learn_variance: bool = False
     octaves: int = 0
+    coordinatewise: bool = False
 
     @nn.compact
     def __call__(self, x: Array, t: Array, context: Context) -> Array:
         size = x.shape[-1]
-        num_outputs = size * (1 + self.learn_variance)
-        size_of = self.width, self.depth, num_outputs
-        mlp = FourierMLP(*size_of, _HIGHEST, self.octaves)
-        out = mlp(x, t, context.condition)
+        if self.coordinatewise:
+            body = CoordinatewiseModule(
+                self.width,
+                self.depth,
+                self.output_clip,
+                use_score=False,
+                learn_variance=self.learn_variance,
+                octaves=self.octaves,
+                highest=_HIGHEST,
+            )
+            out = body(x, t, context)
+        else:
+            num_outputs = size * (1 + self.learn_variance)
+            size_of = self.width, self.depth, num_outputs
+            mlp = FourierMLP(*size_of, _HIGHEST, self.octaves)
+            out = mlp(x, t, context.condition)
         remaining, square = 1 - t, self.data_std**2
         spread = remaining**2 + square
         skip, gain = square / spread, remaining * self.data_std / jnp.sqrt(spread)
@@ -49,6 +63,7 @@ def consistency(
     output_clip: float = 20.0,
     learn_variance: bool = False,
     octaves: int = 0,
+    coordinatewise: bool = False,
 ) -> LinenControl:
     """A consistency function, for `samplers.cdds`; it never sees the energy.
 
@@ -61,6 +76,8 @@ def consistency(
             seen a place must not send it further off.
         learn_variance: whether it also returns log-variances, see `Control`.
         octaves: as in `free`; four for a target of several modes.
+        coordinatewise: whether one network is for all coordinates, as in
+            `networks.coordinatewise`.
 
     Raises:
         ValueError: when data_std or output_clip is not positive.
@@ -69,5 +86,7 @@ def consistency(
         if not value > 0:
             raise ValueError(f"{name} must be positive, got {value}")
     bounds = float(data_std), float(output_clip)
-    module = ConsistencyModule(width, depth, *bounds, learn_variance, octaves)
+    module = ConsistencyModule(
+        width, depth, *bounds, learn_variance, octaves, coordinatewise
+    )
     return LinenControl(module, needs_score=False)

@@ -29,17 +29,19 @@ class CoordinatewiseModule(nn.Module):
     width: int
     depth: int
     output_clip: float
-    score_clip: float
-    offset: float
+    score_clip: float = 1e2
+    offset: float = 1.0
     use_score: bool = True
     learn_variance: bool = False
     step_conditioned: bool = False
     octaves: int = 0
+    highest: float = 100.0  # frequency of time and step
 
     @nn.compact
     def __call__(self, x: Array, t: Array, context: Context) -> Array:
         step_size = context.step_size if self.step_conditioned else None
-        summary = FourierMLP(self.width, 1, None)(x, t, context.condition, step_size)
+        mlp = FourierMLP(self.width, 1, None, self.highest)
+        summary = mlp(x, t, context.condition, step_size)
         dtype = summary.dtype
         own = with_octaves(x[:, None], self.octaves)
         if self.use_score:
