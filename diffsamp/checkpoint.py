@@ -47,6 +47,7 @@ CLASSES = {
         networks.LinenControl,
         networks.LinenBackbone,
         networks.ReducedPrecision,
+        networks.Tied,
         networks.FourierMLP,
         networks.FreeModule,
         networks.ScoreGuidedModule,

@@ -41,6 +41,7 @@ from diffsamp.types import (
     as_count,
 )
 
+QUIET = -4.0  # added to log-variances of a kernel tied to the flow
 VARIANCE_LIMIT = 100.0  # of the kernels' variance ratio and of its inverse
 _EVALUATED = "energy and score"  # what rematerialisation keeps: O(K D) numbers
 
@@ -178,8 +179,10 @@ class Sampler:
         ValueError: when dim or num_steps is below 1, loc or scale has another length
             than dim or is not finite, scale is not positive, a network is no control
             or was built for another noise schedule, finest is below 1 or not a multiple
-            of num_steps, it is 1 and the destruction kernel is learned, or the process
-            starts from a point mass and a prior is given.
+            of num_steps, it is 1 and the destruction kernel is learned, the process
+            starts from a point mass and a prior is given, or a network of
+            `networks.tied` is that of destruction, or of generation with a backbone, or
+            without a flow that something trains.
     """
 
     dim: int
@@ -251,6 +254,10 @@ class Sampler:
             )
         if isinstance(self.generation, Tied):
             self._check_tied()
+            if self.backbone is not None:
+                raise ValueError(
+                    "networks.tied cannot build on a backbone; leave backbone out"
+                )
         if self.prior is not None and self.process.point_mass:
             raise ValueError(
                 "prior must be None where the process starts from a point mass, got "
@@ -373,10 +380,10 @@ class Sampler:
     @property
     def needs_score(self) -> bool:
         """Whether simulating a path takes energy gradients."""
-        destruction = self.destruction
-        return self.generation.needs_score or (
-            destruction is not None and destruction.needs_score
-        )
+        networks = [self.flow_network, self.destruction]
+        if isinstance(self.generation, Tied) and self._has_residual:
+            networks.append(self.generation.residual)
+        return any(n is not None and n.needs_score for n in networks)
 
     @property
     def has_weights(self) -> bool:
@@ -391,8 +398,9 @@ class Sampler:
     @property
     def evaluations_per_path(self) -> Evaluations:
         """Cost of drawing one weighted path."""
-        networks = 1 + (self.destruction is not None) + self._has_residual
-        networks *= self.num_steps
+        networks = self.num_steps * (
+            self.networks_of_generation + (self.destruction is not None)
+        )
         if self.backbone is not None:  # once per state; the heads are nothing
             networks = self.num_steps + 1
         if self.needs_score:
@@ -794,7 +802,10 @@ class Sampler:
         held = network.held(params["generation"], y, step.time, context)
         mean, reference_std = step.generation_decay * y, step.generation_std
         centre, _ = self._controlled(step, mean, reference_std, held[0], bounds)
-        moved, std = self._controlled(step, mean, reference_std, held[1], bounds)
+        residual = held[1]
+        if not isinstance(self.process, Renoising):
+            residual = residual.at[self.dim :].add(QUIET)
+        moved, std = self._controlled(step, mean, reference_std, residual, bounds)
         if not isinstance(self.process, Renoising):
             flow = y + 0.5 * (centre - mean)
             ratio = jnp.minimum((std / reference_std) ** 2, 1.0)
@@ -812,6 +823,11 @@ class Sampler:
         bounds = self.destruction_bounds
         moved, std = self._controlled(step, mean, std, control, bounds)
         return mean + self._freedom * (moved - mean), std
+
+    @property
+    def networks_of_generation(self) -> int:
+        """How many networks a step of a path calls: two where one adds a residual."""
+        return 1 + self._has_residual
 
     @property
     def _has_residual(self) -> bool:

@@ -100,7 +100,8 @@ def variance_ratios(
             f"most at step {step} of {sampler.num_steps} (median ratio {median:.3g}); "
             "narrow the Bounds or lower the learning rate of the destruction kernel"
         )
-    price, drawn = sampler.evaluations_per_path, sampler.num_steps
+    price = sampler.evaluations_per_path
+    drawn = sampler.num_steps * sampler.networks_of_generation
     return VarianceRatios(
         levels=np.array(LEVELS),
         quantiles=quantiles,

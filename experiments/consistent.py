@@ -176,7 +176,6 @@ CELLS = (
 )
 OPTIMIZER = optax.adam(2e-3)  # one object, so that seeds share what is compiled
 PAIRS_PER_PATH = 8  # of self-consistency
-QUIET = -4.0  # log-variance of any-step kernels of one step before training
 FEW_REPEATS = 3  # of distances between the ends
 FEW_STEPS = 0.1  # weight of the divergence at few steps
 STUDENT_STEPS = (1, 2, 4, 8)  # at which the student's kernels are fitted
@@ -211,7 +210,7 @@ def make_sampler(cell, method, dim):
     learns = method == "any_step"
     return ds.samplers.scds(
         num_steps=cell.num_steps,
-        network=networks.tied(flow, own, log_variance=QUIET) if learns else flow,
+        network=networks.tied(flow, own) if learns else flow,
         destruction_network=own if learns else None,
         **process,
     )

@@ -133,6 +133,7 @@ def _samplers():
             **place,
         ),
     )
+    yield "tied", ds.samplers.scds(3, 4, learn_generation_variance=True, loc=loc)
     yield "conditional", ds.samplers.dis(3, 5, condition_dim=2, network=TINY)
     yield "gmp", ds.samplers.gmp(3, 2, 5, loc=loc, scale=scale)
     yield (

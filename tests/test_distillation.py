@@ -416,6 +416,20 @@ def test_untrained_teachers(name):
     ds.objectives.progressive_distillation(teacher, moved)
 
 
+def test_a_residual_alone_teaches_nothing():
+    teacher = ds.samplers.scds(2, 4, **PROCESS, learn_generation_variance=True)
+    params = teacher.init(jax.random.key(5))
+    moved = jax.tree.map(lambda leaf: leaf + 1e-3, params["generation"])
+    for part in ("residual", "flow"):
+        generation = {**params["generation"], part: moved[part]}
+        given = teacher, {**params, "generation": generation}
+        if part == "flow":
+            ds.objectives.progressive_distillation(*given)
+            continue
+        with pytest.raises(ValueError, match="those of an untrained sampler"):
+            ds.objectives.progressive_distillation(*given)
+
+
 @pytest.mark.parametrize(
     "init",
     [

@@ -3,19 +3,15 @@
 Where steps are few, the mean of a Gaussian kernel and the place where the flow leads
 are two things: self-consistency or distillation says what the flow is, an objective on
 paths what the best kernel. A kernel that is to make up for what cannot be Gaussian
-widens the flow's draws by as much; so the two have networks of their own,
-
-    mean = flow's + g std e,    variance = std^2 exp(g c tanh(v / c)),
-
-std and g as in `Sampler`, and what kernels ask for moves the second network alone: it
-returns the residual e and the log-variances v, and the first is held
+widens the flow's draws by as much; so the two have networks of their own, and what
+kernels ask for moves the second alone. It returns what is added to the mean, and
+log-variances (`samplers.scds` and `samplers.cdds` say how); the first is held
 (`jax.lax.stop_gradient`), except on the grid where flow and kernel are one.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
 
 import jax
 
@@ -29,7 +25,6 @@ class Tied:
 
     flow: Control
     residual: Control
-    log_variance: float = 0.0
 
     @property
     def needs_score(self) -> bool:
@@ -66,10 +61,10 @@ class Tied:
                 f"one point, got {list(residual.shape)}; build it with "
                 "learn_variance=True"
             )
-        return flow, residual.at[len(x) :].add(self.log_variance)
+        return flow, residual
 
 
-def tied(flow: Control, residual: Control, *, log_variance: float = 0.0) -> Tied:
+def tied(flow: Control, residual: Control) -> Tied:
     """A control for few steps whose flow no objective on paths moves.
 
     For the generation kernel of `samplers.scds`, where the flow is trained on the
@@ -82,11 +77,10 @@ def tied(flow: Control, residual: Control, *, log_variance: float = 0.0) -> Tied
         residual: any control of [2 D] numbers: what is added to the mean, and
             log-variances; `free`, for one, with ``learn_variance=True`` and
             ``step_conditioned=True``.
-        log_variance: added to the log-variances v: where they are before training.
 
     Raises:
-        ValueError: when log_variance is not finite; while a path is drawn, when either
-            returns another number.
+        ValueError: when either is no control, or tied itself; while a path is drawn,
+            when either returns another number.
 
     Example:
         >>> import diffsamp as ds
@@ -96,6 +90,10 @@ def tied(flow: Control, residual: Control, *, log_variance: float = 0.0) -> Tied
         ... )
         >>> sampler = ds.samplers.scds(dim=2, network=network, learn_destruction=True)
     """
-    if not math.isfinite(log_variance):
-        raise ValueError(f"log_variance must be finite, got {log_variance}")
-    return Tied(flow, residual, float(log_variance))
+    for name, control in (("flow", flow), ("residual", residual)):
+        if not hasattr(control, "init") or isinstance(control, Tied):
+            raise ValueError(
+                f"{name} must be a control that is not tied itself, got {control!r}; "
+                "make one of a function by networks.from_function(init_fn, drift_fn)"
+            )
+    return Tied(flow, residual)

@@ -24,8 +24,8 @@ a long step of 2^k of the shortest ones is compared with where these lead themse
 
     loss = mean |F(x_t; t, d) - sg x_{t + d}|^2 / (D s^2),
 
-x the flow from a draw of the reference, solved on the finest grid with the current
-parameters once for each path of the batch. The minimum is the same; nothing but the
+x the flow from a draw of the reference, solved on the finest grid once for each path of
+the batch. The minimum is the same; nothing but the
 finest flow is handed on.
 
 Otherwise states come from whatever behaviour there is, and the second short step of a
@@ -116,21 +116,21 @@ def self_consistency(
     whole_paths: bool = False,
     pairs_per_path: int = 1,
 ) -> Objective:
-    """Squared distance between one long step of the flow and two of half its length.
+    """Squared distance between one long step of the flow and shorter ones.
 
     Args:
         pairs: law of the length of the long step: `Uniform`, `Biased`, `Curriculum` or
             any hashable function like them.
         ema_decay: decay of an exponential moving average of the parameters that takes
-            the two short steps; None for the current ones.
+            all steps but the long one; None for the current ones.
         second_order: whether the two shortest steps are taken together, see above; the
             paper's loss is without.
         whole_paths: whether long steps are compared with where the shortest ones lead,
             along flows from draws of the reference, instead of two of half the length;
             it takes as many calls as simulating the batch. The paper's loss is without.
         pairs_per_path: pairs of every path of the batch. A pair costs three calls of
-            the network, a path as many as it has steps: with 128 of them a gradient of
-            less noise is nearly free.
+            the network (of whole paths one), a path as many as it has steps: with 128
+            of them a gradient of less noise is nearly free.
 
     Raises:
         ValueError: when ema_decay is not in (0, 1) or pairs_per_path less than 1; at

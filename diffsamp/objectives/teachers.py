@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffsamp.deterministic import probability_flow
+from diffsamp.networks import Tied
 from diffsamp.sampler import Sampler
 from diffsamp.solvers import pair_weights
 from diffsamp.types import Array, Energy, Params
@@ -25,7 +26,7 @@ def check_teacher(teacher: Sampler, params: Params) -> None:
     teacher.check_flow()
     teacher.check_params(params)
     draws = [teacher.init(jax.random.key(seed)) for seed in range(2)]
-    rows = zip(*(_leaves(p) for p in (params, *draws)), strict=True)
+    rows = zip(*(_leaves(teacher, p) for p in (params, *draws)), strict=True)
     given, drawn = [], False
     for now, first, second in rows:
         if np.array_equal(first, second):
@@ -100,8 +101,10 @@ def check_second_order(sampler: Sampler, num_steps: int) -> None:
     weights_of_pairs(sampler)  # refuses Euler steps
 
 
-def _leaves(params):
+def _leaves(teacher, params):
     parts = {name: params[name] for name in _LEARNED if name in params}
+    if isinstance(teacher.generation, Tied):
+        parts["generation"] = parts["generation"]["flow"]
     return [np.asarray(leaf) for leaf in jax.tree.leaves(parts)]
 
 

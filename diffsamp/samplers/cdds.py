@@ -19,8 +19,8 @@ with w^2 = (1 - alpha'^2 + e^2) s^2, and the residual r and v from a network of 
 own (`networks.tied`).
 
 Train f by `objectives.consistency_distillation` or `objectives.continuous_consistency`,
-in a sum with any objective on paths for the rest, which leaves f as it is; the student
-has no energy gradients in its network.
+in a sum with any objective on paths for the rest; a tied f is left by that as it is.
+The student has no energy gradients in its network.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def cdds(
 
     Raises:
         ValueError: see `Sampler`; when smallest_std is not in (0, 1), or a given
-            network cannot learn the variance that it is asked to learn.
+            destruction network cannot learn the variance that it is asked to learn.
 
     Example:
         >>> import jax, diffsamp as ds

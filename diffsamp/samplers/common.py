@@ -57,7 +57,8 @@ def with_variance(control: Control, learned: bool, argument: str) -> Control:
         >>> learned == ds.networks.free(width=32, learn_variance=True)
         True
     """
-    if not learned or not hasattr(control, "init"):  # which `Sampler` reports
+    unfit = not hasattr(control, "init") or isinstance(control, Tied)
+    if not learned or unfit:  # which `Sampler` reports
         return control
     if isinstance(control, ReducedPrecision):
         network = with_variance(control.network, learned, argument)
@@ -78,17 +79,14 @@ def with_variance(control: Control, learned: bool, argument: str) -> Control:
     return dataclasses.replace(control, module=module.clone(**changes))
 
 
-def with_residual(
-    flow: Control, learned: bool, *, log_variance: float = 0.0
-) -> Control:
+def with_residual(flow: Control, learned: bool) -> Control:
     """The control of a flow, with a residual and variances where that was asked for.
 
     Args:
         flow: any control; a tied one is returned as it is.
         learned: whether it is asked for; otherwise the control is returned as it is.
-        log_variance: where variances start, see `networks.tied`.
     """
     if not learned or isinstance(flow, Tied) or not hasattr(flow, "init"):
         return flow
     residual = networks.free(step_conditioned=True, learn_variance=True)
-    return networks.tied(flow, residual, log_variance=log_variance)
+    return networks.tied(flow, residual)

@@ -19,15 +19,15 @@ follows it: with f the step of the flow, M the mean above and r the share of the
 process' variance that the kernel keeps, per state, coordinate and step length,
 
     p(x' | x) = N(f + min(r, 1) (M - f) + g a^(1/2) s K^(-1/2) e,  r a s^2),
-    r = exp(g c tanh(v / c)),    g = ((F/K - 1) / (F - 1))^(1/2).
+    r = exp(g c tanh((v - 4) / c)),    g = ((F/K - 1) / (F - 1))^(1/2).
 
 At r = 1 this is the kernel above; as r falls the paths tend to those of the flow, whose
 law of x' is right where that of M without its noise would be far too narrow (composed
 over many steps it shrinks a unit normal to 0.08). The residual e is whatever is left to
 correct, and comes with v from a network of its own (`networks.tied`): f is
-self-consistency's alone, and no objective on paths of few steps moves it. Training
-starts near the flow, at v = -4: from r = 1 single steps may end in another optimum,
-where there is so much noise that the way back need not know anything.
+self-consistency's alone, and no objective on paths of fewer than F steps moves it.
+Training starts near the flow, at v = 0: from r = 1 single steps may end in another
+optimum, where there is so much noise that the way back need not know anything.
 ``learn_destruction`` adds the way back, which for small r has to learn the inverse of
 the flow's step.
 
@@ -54,8 +54,6 @@ from diffsamp.processes import Process, VariancePreserving
 from diffsamp.sampler import Bounds, Sampler
 from diffsamp.samplers.common import FEW_STEPS, destruction_control, with_residual
 from diffsamp.samplers.dis import dis
-
-QUIET = -4.0  # log-variance of untrained kernels of one step, over the reference's
 
 
 def scds(
@@ -111,7 +109,7 @@ def scds(
 
     Raises:
         ValueError: see `Sampler`; when a kernel is to be learned with F = 1, or a given
-            network cannot learn the variance that it is asked to learn.
+            destruction network cannot learn the variance that it is asked to learn.
 
     Example:
         >>> import jax, diffsamp as ds
@@ -145,5 +143,5 @@ def scds(
             "variance is not learned; give the number of steps of a finer one, "
             "finest=128 for one, or leave out learn_generation_variance"
         )
-    network = with_residual(network, learn_generation_variance, log_variance=QUIET)
+    network = with_residual(network, learn_generation_variance)
     return dataclasses.replace(sampler, generation=network, finest=finest)
