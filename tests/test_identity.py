@@ -1,5 +1,6 @@
 """The backbone: E[exp(log_weight)] = Z, for every parameter value and step count."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import NamedTuple
@@ -171,8 +172,33 @@ def _inverted_consistency(num_steps, loc, scale, std=0.3, tied=False):
     )
 
 
+def _from_the_reference(name, **options):
+    """Tied kernels with the reference's noise, and not the little that they start with.
+
+    Of that the untrained way back knows nothing.
+    """
+    sampler = SAMPLERS[name](**options)
+    flow, residual = sampler.generation.flow, sampler.generation.residual
+
+    def loud(params, y, t, context):
+        return residual(params, y, t, context).at[len(y) :].add(4.0)
+
+    own = ds.networks.from_function(
+        lambda key, dim: residual.init(key, dim, 0),
+        loud,
+        needs_score=residual.needs_score,
+    )
+    return dataclasses.replace(sampler, generation=ds.networks.tied(flow, own))
+
+
+TIED = {
+    name: Simulated(functools.partial(_from_the_reference, name))
+    for name in ("scds_tied", "scds_coordinatewise", "scds_data")
+}
 SIMULATED = {name: Simulated(factory) for name, factory in SAMPLERS.items()} | {
-    "scds_data": Simulated(SAMPLERS["scds_data"], perturbation=0.005),
+    **TIED,
+    "scds_data": TIED["scds_data"]._replace(perturbation=0.005),
+    "scds_coordinatewise": TIED["scds_coordinatewise"]._replace(narrow=0.8),
     "dis_euler": Simulated(
         functools.partial(
             SAMPLERS["dis_euler"], schedule=ds.schedules.linear(1.0, 0.1)
