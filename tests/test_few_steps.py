@@ -67,7 +67,7 @@ def test_how_free_kernels_are():
     network = ds.networks.from_function(lambda key, dim: (), two)
     expected = {2: 7 / 15, 16: 0.0}
     for num_steps, share in expected.items():
-        sampler = sampler_of(16, destruction_network=network)
+        sampler = sampler_of(16, network=FLOW, destruction_network=network)
         few = sampler.with_num_steps(num_steps)
         params = {**sampler.init(KEY), "destruction": ()}
         path = few.simulate(params, KEY, skewed_energy)
