@@ -254,10 +254,6 @@ class Sampler:
             )
         if isinstance(self.generation, Tied):
             self._check_tied()
-            if self.backbone is not None:
-                raise ValueError(
-                    "networks.tied cannot build on a backbone; leave backbone out"
-                )
         if self.prior is not None and self.process.point_mass:
             raise ValueError(
                 "prior must be None where the process starts from a point mass, got "
@@ -633,6 +629,10 @@ class Sampler:
             )
 
     def _check_tied(self) -> None:
+        if self.backbone is not None:
+            raise ValueError(
+                "networks.tied cannot build on a backbone; leave backbone out"
+            )
         if isinstance(self.process, Renoising):
             return
         self._check_process_has_flow()

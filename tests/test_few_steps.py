@@ -1,5 +1,7 @@
 """Step-conditioned kernels: the reference's at many steps, the flow's without noise."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -133,10 +135,13 @@ def test_bad_input():
     for name, parts in {"flow": (TIED, BACK), "residual": (FLOW, abs)}.items():
         with pytest.raises(ValueError, match=f"{name} must be a control that is not"):
             ds.networks.tied(*parts)
-    for argument in ("learn_generation_variance", "learn_destruction"):
-        of = {"learn_generation_variance": "network"}.get(argument)
-        with pytest.raises(ValueError, match=r"tied to a flow|free at every step"):
-            ds.samplers.dis(2, 4, **{of or "destruction_network": TIED, argument: True})
+    with pytest.raises(ValueError, match="free at every step"):
+        ds.samplers.dis(2, 4, network=TIED, learn_generation_variance=True)
+    with pytest.raises(ValueError, match="tied to a flow"):
+        ds.samplers.dis(2, 4, destruction_network=TIED, learn_destruction=True)
+    backbone = ds.networks.backbone(**SMALL)
+    with pytest.raises(ValueError, match="cannot build on a backbone"):
+        dataclasses.replace(sampler_of(4), backbone=backbone)
     schedules = ds.schedules.cosine(), ds.schedules.geometric()
     other = ds.networks.data_prediction(schedules[0], **SMALL)
     for both in ((other, BACK), (FLOW, other)):

@@ -16,6 +16,7 @@ from tables import (
     PROCESSES,
     SAMPLERS,
     SMALL,
+    at_the_reference,
     mostly_slow,
     perturbed,
     sample_scaled,
@@ -173,22 +174,10 @@ def _inverted_consistency(num_steps, loc, scale, std=0.3, tied=False):
 
 
 def _from_the_reference(name, **options):
-    """Tied kernels with the reference's noise, and not the little that they start with.
-
-    Of that the untrained way back knows nothing.
-    """
     sampler = SAMPLERS[name](**options)
     flow, residual = sampler.generation.flow, sampler.generation.residual
-
-    def loud(params, y, t, context):
-        return residual(params, y, t, context).at[len(y) :].add(4.0)
-
-    own = ds.networks.from_function(
-        lambda key, dim: residual.init(key, dim, 0),
-        loud,
-        needs_score=residual.needs_score,
-    )
-    return dataclasses.replace(sampler, generation=ds.networks.tied(flow, own))
+    network = ds.networks.tied(flow, at_the_reference(residual))
+    return dataclasses.replace(sampler, generation=network)
 
 
 TIED = {

@@ -37,6 +37,15 @@ def loss_of(objective, sampler, params, state=(), count=0):
     return run
 
 
+def assert_agree(loss, by_hand, params):
+    """In value and gradient."""
+    value, gradient = jax.jit(jax.value_and_grad(loss))(params)
+    expected, expected_gradient = jax.jit(jax.value_and_grad(by_hand))(params)
+    assert float(value) == pytest.approx(float(expected), rel=1e-10)
+    for a, b in zip(*map(jax.tree.leaves, (gradient, expected_gradient)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-10)
+
+
 def test_the_exact_flow_is_consistent(x64):
     sampler = sampler_of(step_control(SCHEDULE), 16)
     params = sampler.init(KEY)
@@ -108,11 +117,7 @@ def test_one_pair_by_hand(x64, second_order):
         both = {"sampler": params, "objective": {}}
         return self_consistency(second_order=second_order).loss(both, (), batch)[0]
 
-    value, gradient = jax.jit(jax.value_and_grad(loss))(params)
-    expected, expected_gradient = jax.jit(jax.value_and_grad(by_hand))(params)
-    assert float(value) == pytest.approx(float(expected), rel=1e-10)
-    for a, b in zip(*map(jax.tree.leaves, (gradient, expected_gradient)), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-10)
+    assert_agree(loss, by_hand, params)
 
 
 def test_only_the_shortest_pair_is_taken_at_once(x64):
@@ -154,11 +159,7 @@ def test_whole_paths_by_hand(x64, second_order):
     def loss(params):
         return objective.loss({"sampler": params, "objective": {}}, (), batch)[0]
 
-    value, gradient = jax.jit(jax.value_and_grad(loss))(params)
-    expected, expected_gradient = jax.jit(jax.value_and_grad(by_hand))(params)
-    assert float(value) == pytest.approx(float(expected), rel=1e-10)
-    for a, b in zip(*map(jax.tree.leaves, (gradient, expected_gradient)), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-10)
+    assert_agree(loss, by_hand, params)
 
 
 def _only(level, num_levels, count):
