@@ -606,6 +606,35 @@ class Sampler:
         control = self.generation
         return control.flow if isinstance(control, Tied) else control
 
+    def flow_alone(self, params: Params) -> tuple[Sampler, Params]:
+        """Without what kernels learn for their weights besides the flow.
+
+        For draws of a distilled `samplers.cdds` that need no weight: where its network
+        is tied to a residual, or destruction is learned, they come from the consistency
+        function and the process's little noise then. Weights of the result are valid,
+        as all are, and poor.
+
+        Args:
+            params: parameters of this sampler; not changed.
+
+        Returns:
+            ``(sampler, params)`` without a residual and a destruction network.
+
+        Example:
+            >>> import jax, diffsamp as ds
+            >>> options = {"learn_generation_variance": True, "learn_destruction": True}
+            >>> student = ds.samplers.cdds(dim=2, scale=4.0, **options)
+            >>> params = student.init(jax.random.key(0))
+            >>> alone, its_params = student.flow_alone(params)
+            >>> alone.evaluations_per_path.network, sorted(its_params)
+            (1, ['generation'])
+        """
+        kept = {name: params[name] for name in params if name != "destruction"}
+        if isinstance(self.generation, Tied):
+            kept["generation"] = params["generation"]["flow"]
+        options = {"generation": self.flow_network, "destruction": None}
+        return dataclasses.replace(self, **options), kept
+
     def check_flow(self) -> None:
         """Checks that half of the generation control is a probability flow.
 

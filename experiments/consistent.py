@@ -378,9 +378,7 @@ def unweighted(method, sampler, params):
     weights, at the step counts at which it was fitted.
     """
     if method == "cdds":
-        flow = sampler.flow_network
-        alone = dataclasses.replace(sampler, destruction=None, generation=flow)
-        return alone, {"generation": params["generation"]["flow"]}
+        return sampler.flow_alone(params)
     solver = ds.solvers.frozen()
     if method == "teacher_dpm":
         solver = ds.solvers.dpm_solver()

@@ -157,6 +157,24 @@ def moved_by_paths(sampler):
     return {k: _is_moved(v) for k, v in found["generation"].items()}
 
 
+@pytest.mark.parametrize("name", ["cdds", "scds"])
+def test_the_flow_alone_draws_as_a_sampler_without_a_residual(name):
+    flow = {"cdds": ds.networks.consistency(**SMALL), "scds": FLOW}[name]
+    make = getattr(ds.samplers, name)
+    both = make(2, 2, network=ds.networks.tied(flow, BACK), destruction_network=BACK)
+    if name == "scds":
+        both = dataclasses.replace(both, finest=4)
+    params = perturbed(both.init(KEY), 0.5)
+    alone, its_params = both.flow_alone(params)
+    expected = dataclasses.replace(both, generation=flow, destruction=None)
+    assert alone == expected and alone.flow_alone(its_params)[0] == alone
+    assert sorted(params) == ["destruction", "generation"]
+    found, of_both = run(alone, its_params), run(both, params)
+    plain = run(expected, {"generation": params["generation"]["flow"]})
+    np.testing.assert_array_equal(found.xs, plain.xs)
+    assert np.max(np.abs(found.xs - of_both.xs)) > 0.05
+
+
 def _is_moved(gradient):
     return any(np.any(leaf != 0) for leaf in jax.tree.leaves(gradient))
 

@@ -19,7 +19,8 @@ with w^2 = (1 - alpha'^2 + e^2) s^2, and the residual r and v from a network of 
 own (`networks.tied`).
 
 Train f by `objectives.consistency_distillation` or `objectives.continuous_consistency`,
-in a sum with any objective on paths for the rest; a tied f is left by that as it is.
+in a sum with any objective on paths for the rest; a tied f is left by that as it is,
+and draws that need no weight can be had from it alone (`Sampler.flow_alone`).
 The student has no energy gradients in its network.
 """
 
