@@ -302,6 +302,8 @@ def train(cell, method, seed, args):
         raise KeyboardInterrupt
     if not finished:
         energies = fit.num_energy_evaluations + fit.num_gradient_evaluations
+        if teacher is None:
+            energies += truth(cell.target).pilot_evaluations
         spent |= {
             "trained_on": environment()["device"],
             "num_skipped": fit.num_skipped,

@@ -2,11 +2,13 @@
 
 What many rows share is computed once for a target: exact draws, the errors of a second,
 independent set of them, which are the floors, and pairs of exact sets for distances.
-Where a target has no exact sampler, long NUTS chains stand in for the upper bound.
+A target without an exact sampler, a posterior, has long NUTS chains instead, for the
+upper bound, and is sampled in coordinates in which it is about a unit normal.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import NamedTuple
 
@@ -17,31 +19,59 @@ import scipy.stats
 from transport import distances, exact_pairs
 
 import diffsamp as ds
+from diffsamp.numpyro import affine_from_curvature
+from diffsamp.numpyro.coordinates import in_coordinates, to_y
 
 NUM_EXACT = 100_000
 NUM_POINTS = 2_000  # in a set of which W2 is computed, and in a probe
 LEVELS = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 NUM_WELLS = {"mw54": 5, "mw52": 5}  # in the first coordinates; the others are N(0, 1)
 NUM_CHAINS = 16
+PILOT = ds.short_mcmc(num_chains=16)  # which says what coordinates are of use
 NUTS = {"ionosphere": (400, 1_000), "lgcp_whitened": (300, 128)}  # warm-up and draws
 
 
 class Truth(NamedTuple):
-    """A target and two independent sets of exact draws, or None."""
+    """A target and two independent sets of exact draws, or the cost of a pilot."""
 
     target: ds.Target
-    exact: np.ndarray | None
-    other: np.ndarray | None
+    exact: np.ndarray | None = None
+    other: np.ndarray | None = None
+    pilot_evaluations: int = 0
 
 
 @functools.cache
 def truth(name):
     target = ds.targets.by_name(name)
     if target.sample is None:
-        return Truth(target, None, None)
+        target, num_evaluations = standardised(target)
+        return Truth(target, pilot_evaluations=num_evaluations)
     keys = jax.random.split(jax.random.key(2**31 - 1))
     sets = (np.asarray(target.sample(key, NUM_EXACT), np.float64) for key in keys)
     return Truth(target, *sets)
+
+
+def standardised(target):
+    """A posterior in the coordinates of a pilot, and what that took.
+
+    Prior and likelihood are left behind, for nothing here asks for either alone.
+    """
+    draws, num_evaluations = PILOT(jax.random.key(2**31 - 3), target)
+    affine = affine_from_curvature(draws, target.energy)
+
+    def constrain(y):
+        x = affine.forward(y)
+        return x if target.constrain is None else target.constrain(x)
+
+    standard = dataclasses.replace(
+        target,
+        energy=in_coordinates(target.energy, affine),
+        log_prior=None,
+        log_likelihood=None,
+        sample_prior=lambda key, num: to_y(affine, target.sample_prior(key, num)),
+        constrain=constrain,
+    )
+    return standard, num_evaluations
 
 
 def nuts_draws(name, folder):

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from consistent_measures import truth
 from rows import described, markdown, rows_of, seeds_of, summarise
 
 import diffsamp as ds
@@ -478,7 +479,7 @@ def cloud(axes, folder, target):
         files = sorted(pathlib.Path(folder).glob(f"{target}_{name}_[0-9]*_1.npy"))
         x = np.load(files[0]) if files else true if name == "truth" else None
         if x is not None and is_field:
-            field = np.asarray(ds.targets.by_name(target).constrain(x[0]))
+            field = np.asarray(truth(target).target.constrain(x[0]))
             axis.imshow(field.reshape(math.isqrt(len(field)), -1))
         elif x is not None:
             axis.plot(*x[:, :2].T, ".", markersize=1)

@@ -167,7 +167,8 @@ def test_the_flow_alone_draws_as_a_sampler_without_a_residual(name):
     params = perturbed(both.init(KEY), 0.5)
     alone, its_params = both.flow_alone(params)
     expected = dataclasses.replace(both, generation=flow, destruction=None)
-    assert alone == expected and alone.flow_alone(its_params)[0] == alone
+    assert alone == expected
+    assert alone.flow_alone(its_params)[0] == alone
     assert sorted(params) == ["destruction", "generation"]
     found, of_both = run(alone, its_params), run(both, params)
     plain = run(expected, {"generation": params["generation"]["flow"]})

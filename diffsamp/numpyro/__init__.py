@@ -3,6 +3,7 @@
 from diffsamp.numpyro import pilots as pilots
 from diffsamp.numpyro.affine import Affine as Affine
 from diffsamp.numpyro.affine import affine_from as affine_from
+from diffsamp.numpyro.affine import affine_from_curvature as affine_from_curvature
 from diffsamp.numpyro.arviz import to_arviz as to_arviz
 from diffsamp.numpyro.bent import Bent as Bent
 from diffsamp.numpyro.bent import bent_from as bent_from

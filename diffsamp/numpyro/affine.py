@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.scipy.linalg import solve_triangular
 
-from diffsamp.types import Array, ArrayLike
+from diffsamp.energies import as_energy, check_energy
+from diffsamp.types import Array, ArrayLike, Energy, as_count
 
 
 class Affine(NamedTuple):
@@ -68,6 +70,60 @@ def affine_from(draws: ArrayLike) -> Affine:
     diagonal = np.diag(np.diagonal(covariance))
     matrix = np.linalg.cholesky((1 - share) * covariance + share * diagonal)
     return Affine(jnp.asarray(points.mean(axis=0), float), jnp.asarray(matrix, float))
+
+
+def affine_from_curvature(
+    draws: ArrayLike, energy: Energy, *, num_points: int = 16
+) -> Affine:
+    """Mean of given draws and what the energy's curvature at some says of their spread.
+
+    For more dimensions than `affine_from` has draws for: the covariance is the inverse
+    of the mean Hessian of the energy, exact where the density is normal. Elsewhere it
+    is a lower bound of the covariance, by Cramér and Rao, if the draws are of the
+    density: then y is as wide as a unit normal in every direction, or wider.
+
+    Args:
+        draws: points, [N, D]; their mean is ``loc``.
+        energy: maps [D] to [].
+        num_points: draws at which there is a Hessian, [D, D], spread over all of them.
+
+    Raises:
+        ValueError: as `affine_from`; when num_points is not from 1 to N, or the mean
+            Hessian is not positive definite.
+
+    Example:
+        >>> import jax.numpy as jnp, numpy as np
+        >>> from diffsamp.numpyro import affine_from_curvature
+        >>> draws = np.array([[0.0, 1.0], [2.0, 3.0]])
+        >>> affine_from_curvature(draws, lambda x: 2 * x @ x, num_points=2).matrix
+        Array([[0.5, 0. ],
+               [0. , 0.5]], dtype=float32)
+    """
+    points, num_points = checked_draws(draws), as_count("num_points", num_points)
+    if num_points > len(points):
+        raise ValueError(
+            f"num_points must be at most the {len(points)} draws, got {num_points}"
+        )
+    energy = as_energy(energy)
+    check_energy(energy, points.shape[1], jnp.asarray(points, float).dtype)
+    some = points[np.linspace(0, len(points) - 1, num_points).astype(int)]
+    hessian = np.asarray(_mean_hessian(energy, jnp.asarray(some, float)), np.float64)
+    least = -np.inf
+    if np.all(np.isfinite(hessian)):
+        least = np.linalg.eigvalsh(hessian)[0]
+    if not least > 0:
+        raise ValueError(
+            f"the mean Hessian at {num_points} draws has a smallest eigenvalue of "
+            f"{least:.3g}, so no normal distribution fits; take more of them, or "
+            "affine_from(draws)"
+        )
+    matrix = np.linalg.cholesky(np.linalg.inv(hessian))
+    return Affine(jnp.asarray(points.mean(axis=0), float), jnp.asarray(matrix, float))
+
+
+@jax.jit
+def _mean_hessian(energy: Energy, points: Array) -> Array:
+    return jnp.mean(jax.lax.map(jax.hessian(energy), points), axis=0)
 
 
 def checked_draws(draws: ArrayLike) -> np.ndarray:

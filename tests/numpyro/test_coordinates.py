@@ -22,6 +22,7 @@ from diffsamp.numpyro import (
     Chain,
     DiffusionSampler,
     affine_from,
+    affine_from_curvature,
     bent,
     bent_from,
     decentred_from,
@@ -140,6 +141,44 @@ def test_correlations_are_gone():
     y = np.asarray(to_y(affine_from(draws), jnp.asarray(draws, jnp.float32)))
     np.testing.assert_allclose(y.mean(axis=0), 0.0, atol=0.02)
     np.testing.assert_allclose(np.cov(y.T), np.eye(3), atol=0.02)
+
+
+def test_curvature_tells_correlations_by_few_draws():
+    """Also of a density that is not normal: wider than one, and never narrower."""
+    linear = np.array([[2.0, 0.0, 0.0], [1.0, 0.5, 0.0], [0.0, 3.0, 0.1]])
+    precision = jnp.asarray(np.linalg.inv(linear.T @ linear), jnp.float32)
+    draws = np.random.default_rng(0).normal(size=(2, 3)) @ linear + 7.0
+
+    def normal(x):
+        return 0.5 * (x - 7.0) @ precision @ (x - 7.0)
+
+    few = affine_from_curvature(draws, normal, num_points=2)
+    np.testing.assert_allclose(few.loc, draws.mean(axis=0), rtol=1e-5)
+    found = np.asarray(few.matrix, np.float64)
+    np.testing.assert_allclose(found @ found.T, linear.T @ linear, rtol=2e-3, atol=2e-3)
+    assert np.all(np.diag(found) > 0)
+    assert np.all(np.triu(found, 1) == 0)
+
+    skew = log_gamma(num=2_000)
+
+    def log_gamma_energy(x):
+        return jnp.sum(jnp.exp(2 * x - 2) - 0.5 * (2 * x - 2))
+
+    wide = affine_from_curvature(skew, log_gamma_energy, num_points=2_000)
+    y = to_y(wide, jnp.asarray(skew, jnp.float32))
+    np.testing.assert_allclose(np.std(y), np.pi / 2, rtol=0.1)
+
+
+def test_draws_whose_curvature_fits_no_map():
+    draws = np.array([[0.0, 1.0], [2.0, 3.0]])
+    with pytest.raises(ValueError, match=r"has a smallest eigenvalue of -1, so no"):
+        affine_from_curvature(draws, lambda x: -0.5 * x @ x, num_points=2)
+    with pytest.raises(ValueError, match=r"eigenvalue of -inf, so no normal"):
+        affine_from_curvature(draws, lambda x: jnp.nan * x @ x, num_points=2)
+    with pytest.raises(ValueError, match=r"at most the 2 draws, got 16"):
+        affine_from_curvature(draws, lambda x: x @ x)
+    with pytest.raises(ValueError, match=r"no spread in coordinates \[0\]"):
+        affine_from_curvature(draws * [0, 1], lambda x: x @ x)
 
 
 @pytest.mark.parametrize("fit", [affine_from, bent_from])
