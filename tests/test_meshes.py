@@ -169,8 +169,11 @@ def test_a_report_is_the_same_on_many_devices():
     np.testing.assert_array_equal(alone, spread)
 
 
-@pytest.mark.slow
-def test_two_processes_on_the_loopback_interface(loss_alone, tmp_path):
+def results_of_two(code, files):
+    """What two processes print that talk over the loopback interface, two devices each.
+
+    Each has a file of its own, or both the same.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -179,6 +182,17 @@ def test_two_processes_on_the_loopback_interface(loss_alone, tmp_path):
             os.environ["ADDRESS"], num_processes=2, process_id=int(os.environ["NUMBER"])
         )
         """
+    common = {"ADDRESS": f"127.0.0.1:{port}", "XLA_FLAGS": devices(2)}
+    first, second = map(str, files)
+    with (
+        _Program(code, before, NUMBER="0", FILE=first, **common) as one,
+        _Program(code, before, NUMBER="1", FILE=second, **common) as other,
+    ):
+        return one.result(), other.result()
+
+
+@pytest.mark.slow
+def test_two_processes_on_the_loopback_interface(loss_alone, tmp_path):
     code = """
         mesh, seen = mesh_of(jax.device_count()), []
 
@@ -204,13 +218,8 @@ def test_two_processes_on_the_loopback_interface(loss_alone, tmp_path):
             "refused": refused,
         }))
         """
-    common = {"ADDRESS": f"127.0.0.1:{port}", "XLA_FLAGS": devices(2)}
-    files = [str(tmp_path / name) for name in ("of_first", "of_second")]
-    with (
-        _Program(code, before, NUMBER="0", FILE=files[0], **common) as first,
-        _Program(code, before, NUMBER="1", FILE=files[1], **common) as second,
-    ):
-        found, other = first.result(), second.result()
+    files = [tmp_path / name for name in ("of_first", "of_second")]
+    found, other = results_of_two(code, files)
     assert found.pop("wrote")
     assert not other.pop("wrote")
     for result in (found, other):  # each has a file of its own
@@ -220,6 +229,30 @@ def test_two_processes_on_the_loopback_interface(loss_alone, tmp_path):
     assert found["seen"] == [2, 4]  # the first process stopped both
     assert found["stopped_by"] == ["callback", "max_seconds"]
     np.testing.assert_allclose(found["loss"], loss_alone, rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_one_process_two_and_one_again_go_on_with_the_same_checkpoint(tmp_path):
+    fit, path = _common()["fit"], tmp_path / "run"
+    begun = fit(None, 2, checkpoint=path)
+    assert len(begun.metrics["loss"]) == 2
+    code = """
+        result = fit(mesh_of(jax.device_count()), 6, checkpoint=os.environ["FILE"])
+        print(json.dumps({
+            "loss": result.metrics["loss"].tolist(),
+            "network_evaluations": result.num_network_evaluations,
+            "devices": len(result.state.count.sharding.device_set),
+        }))
+        """
+    found, other = results_of_two(code, [path, path])
+    assert found == other
+    assert found["devices"] == 4
+    after, alone = fit(None, 8, checkpoint=path), fit(None, 8)
+    np.testing.assert_array_equal(found["loss"][:2], begun.metrics["loss"])
+    np.testing.assert_array_equal(after.metrics["loss"][:6], found["loss"])
+    np.testing.assert_allclose(after.metrics["loss"], alone.metrics["loss"], rtol=1e-4)
+    assert after.num_network_evaluations == alone.num_network_evaluations
+    assert 0 < found["network_evaluations"] < after.num_network_evaluations
 
 
 # -- bad input ------------------------------------------------------------------------
