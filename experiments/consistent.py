@@ -46,7 +46,7 @@ import jax
 import numpy as np
 import optax
 from consistent_measures import NUM_POINTS, far, shape, truth, weigh
-from consistent_report import METHODS, plot, table
+from consistent_report import METHODS, ONE_STEP, plot, table
 from rows import (
     add_reader,
     add_runner,
@@ -356,7 +356,8 @@ def judge(cell, method, sampler, params, num_steps, num_draws, seed, args):
     if num_steps in (1, cell.num_steps):
         name = f"{cell.target}_{method}_{seed}_{num_steps}.npy"
         np.save(place / name, draws.x[:NUM_POINTS])
-        num_repeats = cell.num_repeats
+        if num_steps > 1 or method in ONE_STEP:  # a teacher's are far off, and slow
+            num_repeats = cell.num_repeats
     if target.sample is not None and cell.target != "funnel_hard":  # of its tails alone
         num = NUM_POINTS * num_repeats
         points = ds.draw(keys[2], *given, num, mesh=mesh).x
