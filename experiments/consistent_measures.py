@@ -161,7 +161,7 @@ def floors_of(name, num):
 
 @np.errstate(over="ignore", invalid="ignore")
 def errors(name, x):
-    target, exact, _ = truth(name)
+    target, exact, *_ = truth(name)
     x = np.asarray(x, np.float64)
     a, b = (np.quantile(v[:, 0], LEVELS) for v in (x, exact))
     out = {
@@ -207,7 +207,7 @@ def sd_error(name, x, least=0.02):
 @functools.cache
 def mode_sds(name):
     """Standard deviations within the modes, [M][D]."""
-    target, exact, _ = truth(name)
+    target, exact, *_ = truth(name)
     index = mode_of(target.modes, exact)
     modes = range(len(target.modes.weights))
     return [np.std(exact[index == mode], axis=0) for mode in modes]
