@@ -161,7 +161,7 @@ CELLS = (
         coordinatewise=True,
     ),
     Cell("drawn_image", 2.0, 0.02, width=128),
-    Cell("ionosphere", 1.0, 0.1, num_updates=1_500),
+    Cell("ionosphere", 1.0, 0.1, num_updates=2_500),
     Cell(  # of so many coordinates all else would take longer than training
         "lgcp_whitened",
         1.0,
