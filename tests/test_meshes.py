@@ -150,6 +150,64 @@ def test_the_same_on_any_number_of_devices(own_loss_alone, tmp_path, sizes, opti
     assert all(drawn == found["draws"][0] for drawn in found["draws"])  # bit by bit
 
 
+def test_objectives_with_paths_of_their_own_spread_them():
+    """The value is the same, and each of four devices does far less than all."""
+    code = """
+        import jax.numpy as jnp
+        from diffsamp import meshes, training
+        from diffsamp.types import Request
+
+        o, key, size = ds.objectives, jax.random.key(0), 256
+        propose, four = ds.behaviours.on_policy().propose, meshes.as_mesh(mesh_of(4))
+        small = {"width": 8, "depth": 1}
+        finer = {"dim": 2, "num_steps": 4, "scale": 4.0}
+        teacher = ds.samplers.dis(network=ds.networks.free(**small), **finer)
+        nets = ds.networks
+        step_conditioned = nets.free(step_conditioned=True, **small)
+        any_step = ds.samplers.scds(network=step_conditioned, **finer)
+        student = ds.samplers.cdds(2, scale=4.0, network=nets.consistency(**small))
+        leaves, tree = jax.tree.flatten(teacher.init(key))
+        trained = tree.unflatten([leaf + 0.1 for leaf in leaves])
+        distilled = o.consistency_distillation(teacher, trained, num_times=3)
+        cases = {
+            "self_consistency": (any_step, o.self_consistency(whole_paths=True)),
+            "at_num_steps": (teacher, o.at_num_steps(o.log_variance(), (2, 4))),
+            "forward_kl": (teacher, o.forward_kl(target.sample(key, 100))),
+            "distillation": (student, distilled),
+        }
+        request = Request(jnp.zeros((size, 0)), jnp.zeros(size, int))
+        found = {}
+        for name, (one, objective) in cases.items():
+            params = one.init(key)
+            given = key, one, params, target.energy, request, jnp.zeros((), int)
+            paths = propose((), *given)
+            own, state = objective.init(key, one, params, target.energy, None)
+            params = {"sampler": params, "objective": own}
+
+            def loss(params, mesh):
+                proposal, rows = meshes.spread(mesh, (paths, request))
+                return training.batch_loss(
+                    params, objective, state, one, target.energy, proposal,
+                    rows, keys=(key, key), count=jnp.zeros((), int), mesh=mesh,
+                )[0]
+
+            runs = [jax.jit(lambda p, m=m: loss(p, m)) for m in (None, four)]
+            runs = [run.lower(params).compile() for run in runs]
+            found[name] = {
+                "flops": [run.cost_analysis()["flops"] for run in runs],
+                "values": [float(run(params)) for run in runs],
+            }
+        print(json.dumps(found))
+        """
+    with _Program(code, XLA_FLAGS=devices(4)) as program:
+        found = program.result()
+    assert len(found) == 4
+    for name, row in found.items():
+        np.testing.assert_allclose(*row["values"], rtol=1e-5, err_msg=name)
+        alone, spread = row["flops"]
+        assert spread < 0.5 * alone, name
+
+
 @pytest.mark.slow
 def test_a_report_is_the_same_on_many_devices():
     code = """

@@ -33,6 +33,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from diffsamp import meshes
 from diffsamp._distributions import standard_normal
 from diffsamp.objectives.common import keep_state, row_mean
 from diffsamp.objectives.teachers import (
@@ -139,7 +140,8 @@ def consistency_distillation(
                 wanted = predict(fixed, times[1:], xs[1:], condition)
             return jnp.mean((student.unit(said) - student.unit(wanted)) ** 2)
 
-        values = jax.vmap(of_row)(jax.random.split(for_start, size), condition)
+        keys = meshes.spread(batch.mesh, jax.random.split(for_start, size))
+        values = jax.vmap(of_row)(keys, condition)
         value = row_mean(values, jnp.isfinite(values))
         calls = stride * stops[-1]
         num_predictions = num_times - 1 if whole_paths else 2

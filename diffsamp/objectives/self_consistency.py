@@ -44,6 +44,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from diffsamp import meshes
 from diffsamp._distributions import standard_normal
 from diffsamp.objectives.common import row_mean
 from diffsamp.objectives.teachers import check_second_order, follow, weights_of_pairs
@@ -219,7 +220,7 @@ def self_consistency(
             return miss(num_long, place, x, score, end, condition)
 
         if whole_paths:
-            keys = jax.random.split(for_start, shape[0])
+            keys = meshes.spread(batch.mesh, jax.random.split(for_start, shape[0]))
             values = jax.vmap(of_flow)(num_long, place, keys, condition)
             calls = shape[0] * sampler.num_steps + values.size
             gradients = calls
