@@ -106,9 +106,8 @@ class ProbabilityFlow:
     def evaluations_per_path(self) -> Evaluations:
         """Cost of a draw and its energy; with Jacobians where there are weights."""
         calls = self.solver.num_calls(self.num_steps)
-        if self.sampler.needs_score:
-            return Evaluations(1, calls, calls)
-        return Evaluations(1, 0, calls * (1 + self.dim * self.has_weights))
+        gradients = calls if self.sampler.needs_score else 0
+        return Evaluations(1, gradients, calls * (1 + self.dim * self.has_weights))
 
     @property
     def evaluations_per_trace(self) -> Evaluations:

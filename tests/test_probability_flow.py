@@ -421,5 +421,13 @@ def test_flows_that_are_not_certified():
     flow = ds.probability_flow(dataclasses.replace(sampler, generation=shown))
     assert flow.lipschitz is None
     assert "not known to be one to one" in flow.why_no_weight
+    sees = ds.networks.annealed_score_guided(
+        **SMALL, learn_variance=True, step_conditioned=True
+    )
+    tied = ds.networks.tied(CONTRACTIVE, sees)  # gradients are taken for its residual
+    flow = ds.probability_flow(dataclasses.replace(sampler, generation=tied))
+    few = flow.with_num_steps(4)
+    assert few.has_weights
+    assert few.evaluations_per_path == (1, 4, 4 * 3)
     with pytest.raises(ValueError, match="lipschitz must be positive, got 0"):
         ds.networks.contractive(lipschitz=0)
