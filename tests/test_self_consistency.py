@@ -64,7 +64,8 @@ def test_the_exact_flow_is_consistent(x64):
     even = sampler_of(step_control(SCHEDULE), 12)  # steps of 2 and 4, not of 8 and 16
     assert float(loss_of(self_consistency(), even, params)(params)) < 1e-20
     whole = self_consistency(whole_paths=True, pairs_per_path=4)
-    assert float(loss_of(whole, sampler, params)(params)) < 1e-20
+    for one in (sampler, even):
+        assert float(loss_of(whole, one, params)(params)) < 1e-20
     wrong = sampler_of(step_control(SCHEDULE, 0.3), 16)
     for objective in (self_consistency(), whole):
         assert float(loss_of(objective, wrong, params)(params)) > 1e-3
@@ -168,10 +169,11 @@ def _only(level, num_levels, count):
 
 
 @pytest.mark.slow
-def test_the_average_takes_the_short_steps():
+@pytest.mark.parametrize("whole_paths", [False, True])
+def test_the_average_takes_the_short_steps(whole_paths):
     sampler = sampler_of(ds.networks.free(**SMALL, step_conditioned=True), 4)
     params = perturbed(sampler.init(KEY), 0.3)
-    objective = self_consistency(ema_decay=0.75)
+    objective = self_consistency(ema_decay=0.75, whole_paths=whole_paths)
     _, average = objective.init(KEY, sampler, params, skewed_energy, None)
     other = jax.tree.map(lambda leaf: leaf + 0.4, params)
     moved = objective.update({"sampler": other, "objective": {}}, average, None)
@@ -181,7 +183,8 @@ def test_the_average_takes_the_short_steps():
         float(loss_of(objective, sampler, params, average)(params))
         for average in (params, other)
     )
-    live = float(loss_of(self_consistency(), sampler, params)(params))
+    current = self_consistency(whole_paths=whole_paths)
+    live = float(loss_of(current, sampler, params)(params))
     assert same == pytest.approx(live, rel=1e-5)
     assert elsewhere != pytest.approx(live, rel=0.1)
 
@@ -248,6 +251,51 @@ def test_energies_are_counted(network, whole_paths):
     assert fit.num_energy_evaluations == made["energy"]
     assert fit.num_gradient_evaluations == made["gradient"]
     assert np.all(np.isfinite(fit.metrics["self_consistency"]))
+
+
+@pytest.mark.parametrize("whole_paths", [False, True])
+def test_network_calls_are_counted(whole_paths):
+    count, take = counting_energy(jnp.sum)
+
+    def drift(params, x, t, context):
+        return params * (x + 0 * count(x))
+
+    network = ds.networks.from_function(lambda key, dim: jnp.ones(()), drift)
+    sampler, params = sampler_of(network, 4), jnp.ones(())
+    params = {"generation": params}
+    batch = batch_of_paths(sampler, params, 8, KEY)
+    take()
+    objective = self_consistency(pairs_per_path=3, whole_paths=whole_paths)
+    run = jax.jit(lambda p: objective.loss({"sampler": p, "objective": {}}, (), batch))
+    _, metrics = run(params)
+    calls = 8 * 4 + 8 * 3 if whole_paths else 8 * 3 * 3
+    assert take()["energy"] == metrics["cost"].network == calls
+
+
+def test_whole_paths_have_the_condition_of_their_row(x64):
+    """Against the flow of each row, of a network that sees its condition."""
+    network = ds.networks.free(**SMALL, step_conditioned=True)
+    sampler = sampler_of(network, 4, condition_dim=2)
+    params = perturbed(sampler.init(KEY), 0.3)
+    condition = jnp.array([[2.0, 0.0], [0.5, -1.0]])
+    other = sampler_of(network, 4)
+    batch = batch_of_paths(other, other.init(KEY), 2, KEY)._replace(
+        sampler=sampler, condition=condition, energy=lambda x, c: skewed_energy(x)
+    )
+    law = functools.partial(_only, 1)
+    objective = self_consistency(pairs=law, whole_paths=True)
+    both = {"sampler": params, "objective": {}}
+    found = jax.jit(lambda both: objective.loss(both, (), batch)[0])(both)
+    flows = [ds.probability_flow(sampler.with_num_steps(k)) for k in (4, 1)]
+    values = []
+    keys = jax.random.split(jax.random.split(KEY, 3)[2], 2)
+    for key, own in zip(keys, condition, strict=True):
+        x = sampler.original(jax.random.normal(key, (2,)))
+        ends = [flow.solve(params, x, batch.energy, own) for flow in flows]
+        gap = sampler.unit(ends[0]) - sampler.unit(ends[1])
+        values.append(float(np.mean(gap**2)))
+    assert values[0] != pytest.approx(values[1], rel=0.1)
+    assert float(found) == pytest.approx(float(np.mean(values)), rel=1e-10)
 
 
 def halves_elsewhere(num_steps):
