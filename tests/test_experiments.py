@@ -784,6 +784,23 @@ def test_students_draw_without_their_way_back():
     )
 
 
+def test_posteriors_are_sampled_in_the_coordinates_of_a_pilot(monkeypatch):
+    measures, target = _script("consistent_measures"), ds.targets.ionosphere()
+    monkeypatch.setattr(measures, "PILOT", ds.prior_draws(100))
+    standard, num_evaluations = measures.standardised(target)
+    assert (num_evaluations, standard.log_z) == (0, target.log_z)
+    y = jax.random.normal(jax.random.key(0), (3, target.dim))
+    x = jax.vmap(standard.constrain)(y)
+    found, expected = jax.vmap(standard.energy)(y), jax.vmap(target.energy)(x)
+    matrix = jax.jacfwd(standard.constrain)(y[0])
+    _, log_det = np.linalg.slogdet(np.asarray(matrix, np.float64))
+    assert abs(log_det) > 1
+    np.testing.assert_allclose(found, expected - log_det, rtol=1e-5)
+    key = jax.random.key(1)
+    x = jax.vmap(standard.constrain)(standard.sample_prior(key, 4))
+    np.testing.assert_allclose(x, target.sample_prior(key, 4), atol=1e-4)
+
+
 BOUNDS = {
     **{"target": "gmm9", "method": "cdds", "seed": 0, "num_steps": 1},
     **{"elbo_gap": 0.1, "eubo_gap": 0.2, "log_z_standard_error": None},
