@@ -886,7 +886,7 @@ def test_shape_of_consistent_draws():
     found = measures.moments(ds.targets.ionosphere(), x)
     assert found["flow_mean_error"] == pytest.approx(0.5, abs=1e-3)
     assert found["flow_sd_error"] == pytest.approx(0.2, abs=1e-3)
-    mixture, _, others = measures.truth("gmm9")
+    mixture, _, others, _ = measures.truth("gmm9")
     mode = np.asarray(jax.vmap(mixture.modes.assign)(jnp.asarray(others)))
     centre = np.array([others[mode == m].mean(0) for m in range(9)])[mode]
     stretched = centre + np.where(mode % 2, 1.2, 0.8)[:, None] * (others - centre)
@@ -896,7 +896,7 @@ def test_shape_of_consistent_draws():
     assert measures.sd_error("gmm9", stretched) == pytest.approx(0.2, abs=0.05)
     assert measures.sd_error("gmm9", others[mode != 3]) == 1.0
     assert measures.errors("gmm9", others[mode != 3])["modes_missed"] == 1
-    a, b = measures.truth("funnel_hard")[1:]
+    a, b = measures.truth("funnel_hard")[1:3]
     assert measures.band_error(a, b) < 0.1
     wide = np.where(np.arange(10) == 1, 2.0, 1.0)
     assert measures.band_error(a * wide, b) == pytest.approx(2.33, abs=0.2)
