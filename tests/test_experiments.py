@@ -11,6 +11,7 @@ import pathlib
 import re
 import shlex
 import sys
+import textwrap
 import types
 
 import jax
@@ -126,7 +127,7 @@ RUNS = {  # the commands of every script that train, draw or time either
 
 def test_no_script_is_left_out():
     scripts = {path.stem for path in FOLDER.glob("*.py")}
-    not_training = {"rows", "transport", "quickstart_table"}
+    not_training = {"rows", "transport", "quickstart_table", "speed_peers"}
     not_training |= {"consistent_measures", "consistent_report"}
     not_training |= {"tutorial"}  # the page as it stands
     assert scripts - not_training == set(RUNS)
@@ -1366,3 +1367,66 @@ def test_small_runs_of_speed(tmp_path, arguments, capsys):
     arguments("plot", out, "--folder", tmp_path)
     script.main()
     assert (tmp_path / "speed.png").exists()
+
+
+PROGRAM = {
+    "utils/helper.py": "",
+    "algorithms/common/diffusion_related/noise_schedule.py": """
+        def get_cosine_noise_schedule(total_steps, reverse):
+            return lambda step: 1.0 + step / total_steps * reverse
+        """,
+    "algorithms/common/diffusion_related/init_model.py": """
+        import jax.numpy as jnp, optax
+        from flax.training.train_state import TrainState
+        from utils import helper
+
+        def init_model(key, dim, settings):
+            params = {"params": {"mean": jnp.zeros(dim), "logZ": jnp.zeros(1)}}
+            assert helper.traverse_util.flatten_dict(params)
+            tx = optax.sgd(settings.step_size)
+            return TrainState.create(apply_fn=None, params=params, tx=tx)
+        """,
+    "algorithms/pis/pis_rnd.py": """
+        import jax, jax.numpy as jnp
+
+        def rnd(key, state, params, size, prior, target, steps, noise, stop_grad=True):
+            x = params["params"]["mean"] + jax.random.normal(key, (size, target.dim))
+            terminal = -jax.vmap(target.log_prob)(x) + prior[1](x, noise(steps))
+            return x, jnp.zeros(size), None, terminal
+
+        def neg_elbo(*given):
+            x, running, _, terminal = rnd(*given)
+            return jnp.mean(running + terminal), (terminal, x)
+
+        def trajectory_balance(key, state, params, *rest):
+            x, running, _, terminal = rnd(key, state, params, *rest)
+            miss = running + terminal - params["params"]["logZ"]
+            return jnp.mean(miss**2), (miss, x)
+        """,
+}
+PROGRAM["algorithms/gfn/gfn_rnd.py"] = PROGRAM["algorithms/pis/pis_rnd.py"]
+
+
+def test_another_program_is_timed_on_our_densities(
+    tmp_path, arguments, capsys, monkeypatch
+):
+    """A small one with its names: every loss is one of our densities and moves."""
+    checkout, out = tmp_path / "program", tmp_path / "peers.jsonl"
+    for name, text in PROGRAM.items():
+        path = checkout / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(textwrap.dedent(text))
+    script = _script("speed_peers")
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(script, "LEAST_UPDATES", 2)
+    words = ["run", "--checkout", checkout, "--targets", "gmm25", "--seconds", "0"]
+    for _ in range(2):  # the second time there is nothing left to do
+        arguments(*words, "--out", out)
+        script.main()
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    labels = ["reverse_kl", "log_variance", "trajectory_balance"]
+    assert [r["workload"] for r in rows] == [f"gmm25 {label} vsm" for label in labels]
+    assert all(r["finite"] and r["cpu_ms"] > 0 and r["num_updates"] == 2 for r in rows)
+    assert "gmm25 trajectory_balance vsm" in capsys.readouterr().out
+    for name in [n for n in sys.modules if n.split(".")[0] in ("algorithms", "utils")]:
+        del sys.modules[name]
