@@ -74,6 +74,16 @@ def standardised(target):
     return standard, num_evaluations
 
 
+def untrained(name, seed, num_draws):
+    """What the coordinates of a posterior do alone, by draws of their unit normal."""
+    target = truth(name).target
+    x = jax.random.normal(jax.random.key(seed), (num_draws, target.dim))
+    energy = jax.jit(lambda x: jax.lax.map(target.energy, x))(x)
+    log_prior = jnp.sum(jax.scipy.stats.norm.logpdf(x), axis=1)
+    gap = target.log_z - float(np.mean(np.asarray(-energy - log_prior, np.float64)))
+    return {"elbo_gap": gap, **moments(target, x)}
+
+
 def nuts_draws(name, folder):
     """Draws of a target without an exact sampler, from their file if there is one."""
     place, target = folder / f"{name}_nuts.npy", truth(name).target

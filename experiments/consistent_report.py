@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from consistent_measures import truth
+from consistent_measures import truth, untrained
 from rows import described, markdown, rows_of, seeds_of, summarise
 
 import diffsamp as ds
@@ -89,6 +89,7 @@ def table(args):
         "whose k-hat is 0.7 or more. "
     )
     lines += [note + honest(rows), "", *failures(everything), *others(rows)]
+    lines += coordinates(rows)
     print("\n".join(lines))
 
 
@@ -356,6 +357,30 @@ def others(rows):
         for row in rows
         if "tuned_gain" in row
     ]
+
+
+def coordinates(rows):
+    """How far a posterior's coordinates get without any training, by the same measures.
+
+    Of as many draws as its samplers have in one step.
+    """
+    lines = []
+    for target in dict.fromkeys(r["target"] for r in rows):
+        if truth(target).target.sample is not None:
+            continue
+        num = max(r.get("num_draws", 0) for r in rows if r["target"] == target)
+        found = [untrained(target, seed, num) for seed in range(LEAST_SEEDS)]
+        said = ", ".join(
+            f"{text} {summarise(found, name, '{:.3f}', float)}"
+            for text, name in (
+                ("ELBO gap", "elbo_gap"),
+                ("mean error", "flow_mean_error"),
+                ("of the field", "flow_field_error"),
+                ("sd error", "flow_sd_error"),
+            )
+        )
+        lines.append(f"* {target}, the unit normal of its coordinates itself: {said}")
+    return lines
 
 
 # --------------------------------------------------------------------------- plots

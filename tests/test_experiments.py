@@ -802,6 +802,26 @@ def test_posteriors_are_sampled_in_the_coordinates_of_a_pilot(monkeypatch):
     np.testing.assert_allclose(x, target.sample_prior(key, 4), atol=1e-4)
 
 
+def test_what_coordinates_do_alone(monkeypatch):
+    """A density that is normal in them, but for its scale in one."""
+    measures, report = _script("consistent_measures"), _script("consistent_report")
+
+    def energy(x):
+        return 0.5 * (x[0] ** 2 + (x[1] / 1.5) ** 2) + 1.0
+
+    log_z = float(np.log(2 * np.pi * 1.5) - 1.0)
+    target = ds.Target(energy=energy, dim=2, name="plain", log_z=log_z)
+    monkeypatch.setattr(measures, "truth", lambda _: measures.Truth(target))
+    monkeypatch.setattr(report, "truth", measures.truth)
+    found = measures.untrained("plain", 0, 4_000)
+    divergence = np.log(1.5) - 0.5 * (1 - 1 / 1.5**2)
+    assert found == {"elbo_gap": pytest.approx(divergence, abs=0.02)}
+    rows = [{"target": "plain", "num_draws": 4_000}, {"target": "plain"}]
+    (line,) = report.coordinates(rows)
+    assert line.startswith("* plain, the unit normal of its coordinates itself: ELBO ")
+    assert line.endswith("mean error -, of the field -, sd error -")
+
+
 BOUNDS = {
     **{"target": "gmm9", "method": "cdds", "seed": 0, "num_steps": 1},
     **{"elbo_gap": 0.1, "eubo_gap": 0.2, "log_z_standard_error": None},
