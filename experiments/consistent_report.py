@@ -394,7 +394,10 @@ USUAL = ("w2_ratio", "W2 / floor")
 
 
 def plot(args):
-    """Quality against steps, calls against draws, and draws in one step."""
+    """Quality against steps, calls against draws; of each target draws in one step.
+
+    Draws are of the targets that have any on disk.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -403,24 +406,30 @@ def plot(args):
     rows = joined(rows_of(args.files))
     targets = list(dict.fromkeys(r["target"] for r in rows))
 
-    def figure_of(name, num_rows, height, draw):
-        width = 3 * len(targets)
-        figure, axes = plt.subplots(
-            num_rows, len(targets), figsize=(width, height), squeeze=False
-        )
-        for column, target in zip(axes.T, targets, strict=True):
-            column[0].set_title(target)
-            draw(column, target)
+    def panels(num_rows, num_columns, height):
+        size = 3 * num_columns, height
+        return plt.subplots(num_rows, num_columns, figsize=size, squeeze=False)
+
+    def save(figure, name):
         figure.tight_layout()
         figure.savefig(args.folder / f"consistent_{name}.png", dpi=120)
         plt.close(figure)
 
-    draws = args.draws or args.files[0].parent / "consistent"
-    figure_of("steps", 3, 8, lambda axes, target: by_steps(axes, rows, target))
-    figure_of("cost", 2, 6, lambda axes, target: by_cost(axes, rows, target))
-    height = 3 * (1 + len(METHODS))
-    clouds = 1 + len(METHODS)
-    figure_of("draws", clouds, height, lambda axes, target: cloud(axes, draws, target))
+    for name, num_rows, height, draw in (
+        ("steps", 3, 8, by_steps),
+        ("cost", 2, 6, by_cost),
+    ):
+        figure, axes = panels(num_rows, len(targets), height)
+        for column, target in zip(axes.T, targets, strict=True):
+            column[0].set_title(target)
+            draw(column, rows, target)
+        save(figure, name)
+    folder = args.draws or args.files[0].parent / "consistent"
+    for target in targets:
+        if any(folder.glob(f"{target}_*_1.npy")):
+            figure, axes = panels(1, 1 + len(METHODS), 3)
+            cloud(axes[0], folder, target)
+            save(figure, f"draws_{target}")
 
 
 def means_of(rows, target, method, name):
@@ -493,14 +502,14 @@ def by_cost(axes, rows, target):
 
 
 def cloud(axes, folder, target):
-    """Draws in one step below exact ones: two coordinates, or one whole field."""
+    """Draws in one step beside exact ones: two coordinates, or one whole field."""
     is_field = target.startswith("lgcp")
     exact, beside = ds.targets.by_name(target).sample, folder / f"{target}_nuts.npy"
     true = np.load(beside)[:2_000] if beside.exists() else None
     if exact is not None:
         true = np.asarray(exact(jax.random.key(0), 2_000))
     for axis, name in zip(axes, ("truth", *METHODS), strict=True):
-        axis.set_ylabel(name)
+        axis.set_title(name)
         files = sorted(pathlib.Path(folder).glob(f"{target}_{name}_[0-9]*_1.npy"))
         x = np.load(files[0]) if files else true if name == "truth" else None
         if x is not None and is_field:
