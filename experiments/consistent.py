@@ -201,8 +201,9 @@ def make_sampler(cell, method, dim):
         network = control(*size, **seen)
         return ds.samplers.dis(num_steps=cell.num_steps, network=network, **process)
     if method == "cdds":
+        each = {"coordinatewise": cell.coordinatewise, **seen}
         return ds.samplers.cdds(
-            network=networks.tied(networks.consistency(*size, **seen), own),
+            network=networks.tied(networks.consistency(*size, **each), own),
             destruction_network=own,
             **process,
         )
