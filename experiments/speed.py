@@ -623,11 +623,9 @@ def _cells_of(args):
     if args.command == "updates" and args.peers:
         shape = {"num_steps": [100], "batch_size": [512], "width": [64]}
         targets = ["gmm25", "funnel", "manywell"]
+        networks = ["vsm", "sde", "gfn"]
         cells = product(
-            target=targets,
-            objective=list(OBJECTIVES),
-            network=["vsm", "sde", "gfn"],
-            **shape,
+            network=networks, target=targets, objective=list(OBJECTIVES), **shape
         )
         name = "{target} {objective} {network}"
         return [{**cell, "workload": name.format(**cell)} for cell in cells]
