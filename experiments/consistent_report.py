@@ -427,7 +427,7 @@ def plot(args):
     folder = args.draws or args.files[0].parent / "consistent"
     for target in targets:
         if any(folder.glob(f"{target}_*_1.npy")):
-            figure, axes = panels(1, 1 + len(METHODS), 3)
+            figure, axes = panels(1, 2 + len(METHODS), 3)
             cloud(axes[0], folder, target)
             save(figure, f"draws_{target}")
 
@@ -501,6 +501,12 @@ def by_cost(axes, rows, target):
     quality.set(xscale="log", yscale="log", xlabel=label, ylabel=text)
 
 
+def finest_on_disk(folder, target, method):
+    """The most steps of which there are draws; 0 where there are none."""
+    names = [p.stem for p in folder.glob(f"{target}_{method}_[0-9]*_[0-9]*.npy")]
+    return max((int(name.rsplit("_", 1)[1]) for name in names), default=0)
+
+
 def cloud(axes, folder, target):
     """Draws in one step beside exact ones: two coordinates, or one whole field."""
     is_field = target.startswith("lgcp")
@@ -508,9 +514,13 @@ def cloud(axes, folder, target):
     true = np.load(beside)[:2_000] if beside.exists() else None
     if exact is not None:
         true = np.asarray(exact(jax.random.key(0), 2_000))
-    for axis, name in zip(axes, ("truth", *METHODS), strict=True):
-        axis.set_title(name)
-        files = sorted(pathlib.Path(folder).glob(f"{target}_{name}_[0-9]*_1.npy"))
+    whole = max(finest_on_disk(folder, target, "teacher"), 1)
+    shown = [("truth", 1), ("teacher", whole), *((method, 1) for method in METHODS)]
+    for axis, (name, num_steps) in zip(axes, shown, strict=True):
+        of_steps = f", {num_steps} step{'s' if num_steps > 1 else ''}"
+        axis.set_title(name if name == "truth" else name + of_steps)
+        pattern = f"{target}_{name}_[0-9]*_{num_steps}.npy"
+        files = sorted(pathlib.Path(folder).glob(pattern))
         x = np.load(files[0]) if files else true if name == "truth" else None
         if x is not None and is_field:
             field = np.asarray(truth(target).target.constrain(x[0]))
