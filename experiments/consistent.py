@@ -13,7 +13,7 @@ Every method is trained once per target and seed, and judged at all step counts:
 * `scds`: the same with a step-conditioned control and `self_consistency`;
 * `any_step`: scds, consistent along whole paths, with both kernels learned at few steps
   and fitted there, too, by Jeffreys' divergence; of 32 steps at most where there are
-  modes;
+  modes or many coordinates;
 * `cdds`: distilled from the teacher of the same seed, with noise and way back fitted,
   and weighed, at 1, 2, 4 and 8 steps.
 
@@ -46,7 +46,7 @@ import jax
 import numpy as np
 import optax
 from consistent_measures import NUM_POINTS, far, shape, truth, weigh
-from consistent_report import METHODS, ONE_STEP, plot, table
+from consistent_report import METHODS, ONE_STEP, TEACHERS, plot, table
 from rows import (
     add_reader,
     add_runner,
@@ -96,16 +96,21 @@ class Cell:
         return [k for k in STEPS if k <= self.num_steps]
 
 
-OTHERS = tuple(method for method in METHODS if method != "any_step")
-NO_STUDENT = tuple(method for method in OTHERS if method != "cdds")
+PLAIN = (*TEACHERS, "scds")  # without kernels of few steps
 LONG = {"num_updates": 10_000}
 WELLS = (1.4,) * 5 + (1.0,) * 45  # standard deviations of mw52
+LGCP = {  # of so many coordinates all else would take longer than training
+    **{"target": "lgcp_whitened", "scale": 1.0, "smallest_scale": 0.1},
+    **{"student_updates": 1_000, "width": 16, "batch_size": 32},
+    **{"coordinatewise": True, "num_draws": 1_000, "num_timed": 1_000},
+    **{"num_particles": 256, "tune_grid": False},
+}
 CELLS = (
     Cell(
         "gmm9",
         3.0,
         0.18,
-        methods=NO_STUDENT,
+        methods=PLAIN,
         **LONG,
         consistency=20.0,
         octaves=4,
@@ -138,7 +143,7 @@ CELLS = (
         "mw54",
         2.0,
         0.09,
-        methods=NO_STUDENT,
+        methods=PLAIN,
         num_updates=5_000,
         width=32,
         consistency=50.0,
@@ -168,7 +173,29 @@ CELLS = (
         octaves=4,
     ),
     Cell("funnel_hard", 5.0, 0.03, huber=10.0),
-    Cell("mw52", WELLS, 0.1, methods=OTHERS, width=128, consistency=500.0),
+    Cell(
+        "mw52",
+        WELLS,
+        0.1,
+        methods=PLAIN,
+        width=16,
+        batch_size=32,
+        consistency=500.0,
+        coordinatewise=True,
+        octaves=4,
+    ),
+    Cell(
+        "mw52",
+        WELLS,
+        0.1,
+        methods=("cdds",),
+        student_updates=8_000,
+        width=16,
+        batch_size=32,
+        consistency=500.0,
+        coordinatewise=True,
+        octaves=5,
+    ),
     Cell(
         "mw52",
         WELLS,
@@ -177,22 +204,15 @@ CELLS = (
         ("any_step",),
         num_updates=6_000,
         width=16,
+        batch_size=32,
         consistency=500.0,
         coordinatewise=True,
+        octaves=4,
     ),
     Cell("drawn_image", 2.0, 0.02, width=128),
     Cell("ionosphere", 1.0, 0.1, num_updates=2_500),
-    Cell(  # of so many coordinates all else would take longer than training
-        "lgcp_whitened",
-        1.0,
-        0.1,
-        num_updates=400,
-        batch_size=32,
-        num_draws=1_000,
-        num_timed=1_000,
-        num_particles=256,
-        tune_grid=False,
-    ),
+    Cell(**LGCP, methods=(*PLAIN, "cdds"), num_updates=200),
+    Cell(**LGCP, methods=("any_step",), num_steps=32, num_updates=400),
 )
 OPTIMIZER = optax.adam(2e-3)  # one object, so that seeds share what is compiled
 PAIRS_PER_PATH = 8  # of self-consistency
