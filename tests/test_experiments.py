@@ -1023,7 +1023,7 @@ def test_accounts_of_consistent_training_add_up(tmp_path, monkeypatch):
 
 
 SMALL_CELL = {"num_updates": 2, "width": 8, "batch_size": 8, "num_repeats": 2}
-SMALL_CELL |= {"num_particles": 64}
+SMALL_CELL |= {"num_particles": 64, "student_updates": 2}
 
 
 @pytest.fixture
@@ -1125,6 +1125,7 @@ def test_every_kind_of_target_gets_through_consistent(
     script = small_consistent(*(dataclasses.replace(c, **small) for c in cells))
     monkeypatch.setattr(script, "STEPS", (1, 2))
     monkeypatch.setattr(script, "STUDENT_STEPS", (1,))
+    monkeypatch.setattr(script, "NUM_TIMES", 2)
     points = np.random.default_rng(0).normal(size=(16, ds.targets.by_name(target).dim))
     mixed = ds.behaviours.mixture(
         (ds.behaviours.on_policy(), 0.5), (ds.behaviours.reference_draws(points), 0.5)
