@@ -85,8 +85,8 @@ def table(args):
     note = (
         f"Mean (worst) over seeds, {described(everything[0])}. A student's kernels are "
         "trained for weights at 1, 2, 4 and 8 steps, and weighed there. What failed or "
-        "is no number counts as infinite. Where k-hat is 0.7 or more an error bar of "
-        "log Z is infinite and no verdict is `trust`. "
+        "is no number counts as infinite, and so does an error of log Z by weights "
+        "whose k-hat is 0.7 or more, but on the line of any k-hat. "
     )
     lines += [note + honest(rows), "", *failures(everything), *others(rows)]
     lines += coordinates(rows)
@@ -160,6 +160,13 @@ def size_of(name, steps=(1,), away_from=0.0):
         return max(known) if len(known) == len(values) else None
 
     return number
+
+
+def log_z_error(one, method):
+    """The largest at few steps; infinite where the weights know no error bar."""
+    sizes = size_of("log_z_error", FEW)(one, method)
+    bars = size_of("log_z_standard_error", FEW)(one, method)
+    return sizes if bars is None or math.isfinite(bars) else math.inf
 
 
 def largest_k_hat(one, method):
@@ -237,8 +244,9 @@ AIMS = (
     Aim("ionosphere", "sd error", 0.1, size_of("flow_sd_error")),
     Aim("lgcp_whitened", "mean error of the field", 0.05, size_of("flow_field_error")),
     Aim("lgcp_whitened", "sd error", 0.15, size_of("flow_sd_error")),
-    Aim("gmm9 mw54 drawn_image", LOG_Z, 0.05, size_of("log_z_error", FEW)),
-    Aim("funnel_hard mw52", LOG_Z, 0.2, size_of("log_z_error", FEW)),
+    Aim("gmm9 mw54 drawn_image", LOG_Z, 0.05, log_z_error),
+    Aim("funnel_hard mw52", LOG_Z, 0.2, log_z_error),
+    Aim(WEIGHED, f"{LOG_Z}, any k-hat", None, size_of("log_z_error", FEW)),
     Aim(WEIGHED, "k-hat, 1 to 8 steps", 0.7, largest_k_hat),
     Aim("ionosphere", "ELBO gap, 1 to 8 steps", 1.0, size_of("elbo_gap", FEW)),
     Aim("lgcp_whitened", "ELBO gap, 1 to 8 steps", None, size_of("elbo_gap", FEW)),

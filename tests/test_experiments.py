@@ -856,8 +856,9 @@ def test_consistent_claims_hold_for_the_worst_seed():
         rows += [row | {"method": "cdds", "num_steps": 1}]
         many = {"calls_per_draw": 128, "w2_ratio": 1.0 + seed / 50, "num_steps": 128}
         rows += [row | many | {"method": "teacher"}]
-        for method, k_hat in (("scds", 0.9), ("cdds", -0.3)):
-            weighed = {"log_z_error": -error / 2, "pareto_k": k_hat}
+        for method, bar, k_hat in (("scds", None, 0.9), ("cdds", 0.01, -0.3)):
+            weighed = {"log_z_error": -error / 2, "log_z_standard_error": bar}
+            weighed["pareto_k"] = k_hat
             here = [r for r in rows if (r["method"], r["seed"]) == (method, seed)]
             here[0] |= weighed
             rows += [here[0] | {"num_steps": k} for k in (2, 4, 8)]
@@ -871,6 +872,10 @@ def test_consistent_claims_hold_for_the_worst_seed():
     assert lines["W2 / floor - 1"][2] == "0.040 (0.040) of 2 seeds yes"
     assert lines["Sinkhorn / floor - 1"][0] == "inf (inf) of 2 seeds no"
     assert lines["W2 over 128 steps, less 1"][2] == "0.030 (0.040) of 2 seeds yes"
+    assert lines["log Z error, 1 to 8 steps"][0] == "inf (inf) of 2 seeds no"
+    assert (
+        lines["log Z error, 1 to 8 steps, any k-hat"][0] == "0.014 (0.018) of 2 seeds"
+    )
     assert lines["log Z error, 1 to 8 steps"][2] == "0.014 (0.018) of 2 seeds yes"
     assert lines["k-hat, 1 to 8 steps"][0] == "0.900 (0.900) of 2 seeds no"
     assert lines["k-hat, 1 to 8 steps"][2] == "-0.300 (-0.300) of 2 seeds yes"
