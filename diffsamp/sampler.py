@@ -41,7 +41,6 @@ from diffsamp.types import (
     as_count,
 )
 
-QUIET = -4.0  # added to log-variances of a kernel tied to the flow
 VARIANCE_LIMIT = 100.0  # of the kernels' variance ratio and of its inverse
 _EVALUATED = "energy and score"  # what rematerialisation keeps: O(K D) numbers
 
@@ -833,7 +832,7 @@ class Sampler:
         centre, _ = self._controlled(step, mean, reference_std, held[0], bounds)
         residual = held[1]
         if not isinstance(self.process, Renoising):
-            residual = residual.at[self.dim :].add(QUIET)
+            residual = residual.at[self.dim :].add(network.log_variance)
         moved, std = self._controlled(step, mean, reference_std, residual, bounds)
         if not isinstance(self.process, Renoising):
             flow = y + 0.5 * (centre - mean)

@@ -85,6 +85,7 @@ class Cell:
     consistency: float = 10.0  # weight of self-consistency and of distillation
     coordinatewise: bool = False  # one network for all coordinates
     octaves: int = 0  # of the state that networks see
+    log_variance: float = -4.0  # at which kernels of few steps start
     num_draws: int = 20_000  # five times as many in at most eight steps
     num_repeats: int = 10  # pairs of sets of points, for distances at both ends
     num_timed: int = 100_000
@@ -205,7 +206,7 @@ def make_sampler(cell, method, dim):
     learns = method == "any_step"
     return ds.samplers.scds(
         num_steps=cell.num_steps,
-        network=networks.tied(flow, own) if learns else flow,
+        network=networks.tied(flow, own, cell.log_variance) if learns else flow,
         destruction_network=own if learns else None,
         **process,
     )

@@ -227,22 +227,6 @@ BEHAVIOURS = {
 }
 
 
-def at_the_reference(residual):
-    """A residual's network for kernels of `scds` that start with the reference's noise.
-
-    Their own start with little, of which an untrained way back knows nothing.
-    """
-
-    def loud(params, y, t, context):
-        return residual(params, y, t, context).at[len(y) :].add(4.0)
-
-    return ds.networks.from_function(
-        lambda key, dim: residual.init(key, dim, 0),
-        loud,
-        needs_score=residual.needs_score,
-    )
-
-
 NETWORKS = {
     "free": functools.partial(ds.networks.free, **SMALL),
     "score_guided": functools.partial(ds.networks.score_guided, **SMALL),

@@ -135,6 +135,8 @@ def test_bad_input():
     for name, parts in {"flow": (TIED, BACK), "residual": (FLOW, abs)}.items():
         with pytest.raises(ValueError, match=f"{name} must be a control that is not"):
             ds.networks.tied(*parts)
+    with pytest.raises(ValueError, match="log_variance must be a finite number"):
+        ds.networks.tied(FLOW, BACK, log_variance=-np.inf)
     with pytest.raises(ValueError, match="free at every step"):
         ds.samplers.dis(2, 4, network=TIED, learn_generation_variance=True)
     with pytest.raises(ValueError, match="tied to a flow"):

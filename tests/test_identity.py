@@ -16,7 +16,6 @@ from tables import (
     PROCESSES,
     SAMPLERS,
     SMALL,
-    at_the_reference,
     mostly_slow,
     perturbed,
     sample_scaled,
@@ -175,8 +174,7 @@ def _inverted_consistency(num_steps, loc, scale, std=0.3, tied=False):
 
 def _from_the_reference(name, **options):
     sampler = SAMPLERS[name](**options)
-    flow, residual = sampler.generation.flow, sampler.generation.residual
-    network = ds.networks.tied(flow, at_the_reference(residual))
+    network = dataclasses.replace(sampler.generation, log_variance=0.0)
     return dataclasses.replace(sampler, generation=network)
 
 

@@ -14,7 +14,6 @@ from flax import linen as nn
 from tables import (
     PROCESSES,
     SAMPLERS,
-    at_the_reference,
     conditional_energy,
     counting_energy,
     mostly_slow,
@@ -601,8 +600,7 @@ def test_what_is_learned_starts_at_the_reference(x64, name):
         learned["network"] = ds.networks.free(8, learn_variance=True)
     fixed, free = factory(2, 3, **options), factory(2, 3, **options | learned)
     if name == "scds":  # which starts near its flow otherwise
-        flow, residual = free.generation.flow, free.generation.residual
-        network = ds.networks.tied(flow, at_the_reference(residual))
+        network = dataclasses.replace(free.generation, log_variance=0.0)
         free = dataclasses.replace(free, generation=network)
     own = fixed.init(jax.random.key(0))
     path = jax.jit(lambda: fixed.simulate(own, jax.random.key(1), skewed_energy))()
@@ -659,6 +657,9 @@ def test_a_given_network_learns_the_variance_that_is_asked_for(name, argument):
             both = ds.networks.tied(reduced(module), reduced(own))
             mixed = ds.networks.tied(reduced(module), own)
             assert reduced(on) == both
+            loud = {"log_variance": 0.0}
+            changed = dataclasses.replace(on, **loud), dataclasses.replace(both, **loud)
+            assert reduced(changed[0]) == changed[1]
             pairs = [(module, on), (on, on), (both, both), (reduced(module), mixed)]
         for network, learned in pairs:
             asked = factory(2, 4, **{given: network, argument: True})

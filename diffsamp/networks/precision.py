@@ -76,7 +76,7 @@ def reduced_precision(
     if isinstance(network, Tied):
         both: Any = (network.flow, network.residual)
         both = [reduced_precision(part, algorithm) for part in both]
-        return tied(*both)
+        return tied(*both, log_variance=network.log_variance)
     if not isinstance(network, LinenControl | LinenBackbone):
         raise ValueError(
             "network must be a Flax control or backbone, got "

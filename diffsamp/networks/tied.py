@@ -7,11 +7,18 @@ widens the flow's draws by as much; so the two have networks of their own, and w
 kernels ask for moves the second alone. It returns what is added to the mean, and
 log-variances (`samplers.scds` and `samplers.cdds` say how); the first is held
 (`jax.lax.stop_gradient`), except on the grid where flow and kernel are one.
+
+Kernels of few steps start with next to no noise, beside the flow: from the reference's
+noise, single steps to a target of several modes end in an optimum that keeps so much of
+it that the way back need not know anything. In many dimensions it is the other way
+round: every coordinate costs as much as the way back does not yet know of it, and a
+target that is near to the reference is best started at its noise (``log_variance=0``).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import jax
 
@@ -25,6 +32,7 @@ class Tied:
 
     flow: Control
     residual: Control
+    log_variance: float = -4.0
 
     @property
     def needs_score(self) -> bool:
@@ -64,7 +72,7 @@ class Tied:
         return flow, residual
 
 
-def tied(flow: Control, residual: Control) -> Tied:
+def tied(flow: Control, residual: Control, log_variance: float = -4.0) -> Tied:
     """A control for few steps whose flow no objective on paths moves.
 
     For the generation kernel of `samplers.scds`, where the flow is trained on the
@@ -77,10 +85,13 @@ def tied(flow: Control, residual: Control) -> Tied:
         residual: any control of [2 D] numbers: what is added to the mean, and
             log-variances; `free`, for one, with ``learn_variance=True`` and
             ``step_conditioned=True``.
+        log_variance: added to the log-variances that the residual returns, relative to
+            the reference's: where training starts. The student of `samplers.cdds`,
+            whose process has next to no noise anyhow, starts at that.
 
     Raises:
-        ValueError: when either is no control, or tied itself; while a path is drawn,
-            when either returns another number.
+        ValueError: when either is no control, or tied itself, or ``log_variance`` is
+            not finite; while a path is drawn, when either returns another number.
 
     Example:
         >>> import diffsamp as ds
@@ -96,4 +107,9 @@ def tied(flow: Control, residual: Control) -> Tied:
                 f"{name} must be a control that is not tied itself, got {control!r}; "
                 "make one of a function by networks.from_function(init_fn, drift_fn)"
             )
-    return Tied(flow, residual)
+    if not math.isfinite(log_variance):
+        raise ValueError(
+            f"log_variance must be a finite number, got {log_variance}; 0 starts at "
+            "the reference's noise, the default of -4 near the flow"
+        )
+    return Tied(flow, residual, float(log_variance))

@@ -26,8 +26,8 @@ law of x' is right where that of M without its noise would be far too narrow (co
 over many steps it shrinks a unit normal to 0.08). The residual e is whatever is left to
 correct, and comes with v from a network of its own (`networks.tied`): f is
 self-consistency's alone, and no objective on paths of fewer than F steps moves it.
-Training starts near the flow, at v = 0: from r = 1 single steps may end in another
-optimum, where there is so much noise that the way back need not know anything.
+Training starts near the flow, at v = 0; `networks.tied` says why, and what starts
+elsewhere (the 4 is its ``log_variance``).
 ``learn_destruction`` adds the way back, which for small r has to learn the inverse of
 the flow's step.
 
