@@ -33,6 +33,7 @@ from diffsamp.parallel_in_time import parareal as parareal
 from diffsamp.probes import Probe as Probe
 from diffsamp.sampler import Bounds as Bounds
 from diffsamp.sampler import Sampler as Sampler
+from diffsamp.sampler import Widths as Widths
 from diffsamp.standardise import Reference as Reference
 from diffsamp.standardise import laplace as laplace
 from diffsamp.standardise import prior_draws as prior_draws
@@ -63,6 +64,8 @@ from diffsamp.types import Target as Target
 from diffsamp.types import Trajectory as Trajectory
 from diffsamp.variances import VarianceRatios as VarianceRatios
 from diffsamp.variances import variance_ratios as variance_ratios
+from diffsamp.widths import TunedWidths as TunedWidths
+from diffsamp.widths import tune_widths as tune_widths
 
 __version__ = "0.1.0"
 
@@ -93,7 +96,9 @@ __all__ = [
     "TrainingDiverged",
     "Trajectory",
     "TunedGrid",
+    "TunedWidths",
     "VarianceRatios",
+    "Widths",
     "behaviours",
     "buffers",
     "diagnostics",
@@ -128,6 +133,7 @@ __all__ = [
     "targets",
     "training",
     "tune_time_grid",
+    "tune_widths",
     "variance_ratios",
     "verdict_lines",
 ]

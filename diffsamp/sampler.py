@@ -70,6 +70,18 @@ class Bounds:
                 raise ValueError(f"{name} must be positive and finite, got {value}")
 
 
+class Widths(NamedTuple):
+    """What is added to the log-variances of all kernels; see `widths.tune_widths`.
+
+    Attributes:
+        generation: added to those of the generation kernel.
+        destruction: added to those of the destruction kernel.
+    """
+
+    generation: float = 0.0
+    destruction: float = 0.0
+
+
 class Evaluations(NamedTuple):
     """What one path costs. A gradient evaluation yields the energy too.
 
@@ -173,10 +185,13 @@ class Sampler:
             learned.
         prior: where paths start, in unit coordinates, or None for the reference's
             N(0, I) or point mass.
+        widths: what is added to the log-variances of both kernels, learned or not; the
+            flow does not know of it.
 
     Raises:
         ValueError: when dim or num_steps is below 1, loc or scale has another length
-            than dim or is not finite, scale is not positive, a network is no control
+            than dim or is not finite, scale is not positive, ``widths`` are not two
+            finite numbers, a network is no control
             or was built for another noise schedule, finest is below 1 or not a multiple
             of num_steps, it is 1 and the destruction kernel is learned, the process
             starts from a point mass and a prior is given, or a network of
@@ -197,6 +212,7 @@ class Sampler:
     destruction_bounds: Bounds = Bounds()
     finest: int | None = None
     prior: Prior | None = None
+    widths: Widths = Widths()
 
     def __post_init__(self):
         for name, least in (("dim", 1), ("num_steps", 1), ("condition_dim", 0)):
@@ -206,6 +222,12 @@ class Sampler:
             object.__setattr__(
                 self, name, _numbers(name, getattr(self, name), self.dim)
             )
+        if len(self.widths) != 2 or not np.all(np.isfinite(self.widths)):
+            raise ValueError(
+                "widths must be what is added to the log-variances of generation and "
+                f"of destruction, two finite numbers, got {self.widths}"
+            )
+        object.__setattr__(self, "widths", Widths(*map(float, self.widths)))
         if not np.all(np.asarray(self.scale) > 0):
             raise ValueError(f"scale must be positive, got {self.scale}")
         for name in ("loc", "scale"):
@@ -631,7 +653,8 @@ class Sampler:
         kept = {name: params[name] for name in params if name != "destruction"}
         if isinstance(self.generation, Tied):
             kept["generation"] = params["generation"]["flow"]
-        options = {"generation": self.flow_network, "destruction": None}
+        options: dict[str, Any] = {"destruction": None, "widths": Widths()}
+        options["generation"] = self.flow_network
         return dataclasses.replace(self, **options), kept
 
     def check_flow(self) -> None:
@@ -815,6 +838,14 @@ class Sampler:
         return self.generation(params["generation"], y, step.time, context)
 
     def _generate(self, params, step: Step, y, seen: _Seen, condition):
+        mean, std = self._generation_kernel(params, step, y, seen, condition)
+        return mean, _widened(std, self.widths.generation)
+
+    def _destroy(self, params, step: Step, y_next, seen: _Seen, condition):
+        mean, std = self._destruction_kernel(params, step, y_next, seen, condition)
+        return mean, _widened(std, self.widths.destruction)
+
+    def _generation_kernel(self, params, step: Step, y, seen: _Seen, condition):
         network, bounds = self.generation, self.generation_bounds
         if isinstance(network, Tied) and self._has_residual:
             return self._generate_tied(network, params, step, y, seen, condition)
@@ -840,7 +871,7 @@ class Sampler:
             centre = flow + ratio * (centre - flow)
         return centre + self._freedom * (moved - mean), std
 
-    def _destroy(self, params, step: Step, y_next, seen: _Seen, condition):
+    def _destruction_kernel(self, params, step: Step, y_next, seen: _Seen, condition):
         mean, std = step.destruction_decay * y_next, step.destruction_std
         if self.destruction is None:
             return mean, std
@@ -1176,6 +1207,12 @@ def _sqrt_scan(body, carry, xs):
         return carry, head
     carry, tail = segment(carry, jax.tree.map(lambda x: x[outer * inner :], xs))
     return carry, jax.tree.map(lambda a, b: jnp.concatenate([a, b]), head, tail)
+
+
+def _widened(std, log_variance):
+    if isinstance(log_variance, float) and log_variance == 0.0:
+        return std
+    return std * jnp.exp(0.5 * log_variance)
 
 
 @functools.lru_cache(maxsize=256)

@@ -25,7 +25,8 @@ and one by one where displacements are. `teacher_dpm` is the teacher drawn from 
 checkpoints and a few draws beside it, skips what is already there, and goes on where
 one fails. Seeds share what is compiled. Deterministic draws, along the probability flow
 (of cdds: with its little noise), are what distances and errors of modes and quantiles
-are of; weights are those of the stochastic kernels.
+are of; weights are those of the stochastic kernels, in eight steps at most with the
+widths of `tune_widths`.
 `time` adds how long draws without weights take in one step and in the teacher's many,
 in turn and the best of several; run it on an idle machine.
 `footnote` has the number of the SCDS paper, which depends on how many points there are,
@@ -46,7 +47,7 @@ import jax
 import numpy as np
 import optax
 from consistent_measures import NUM_POINTS, far, shape, truth, weigh
-from consistent_report import METHODS, ONE_STEP, TEACHERS, plot, table
+from consistent_report import FEW, METHODS, ONE_STEP, TEACHERS, plot, table
 from rows import (
     add_reader,
     add_runner,
@@ -90,7 +91,7 @@ class Cell:
     num_repeats: int = 10  # pairs of sets of points, for distances at both ends
     num_timed: int = 100_000
     num_particles: int = 2_048  # of SMC, for half of the rows of a batch
-    tune_grid: bool = True
+    tune: bool = True  # the teacher's time grid, and widths of kernels of few steps
 
     @property
     def steps(self):
@@ -110,7 +111,7 @@ LGCP = {  # of so many coordinates all else would take longer than training
     **{"target": "lgcp_whitened", "scale": 1.0, "smallest_scale": 0.1},
     **{"student_updates": 1_000, "width": 16, "batch_size": 32},
     **{"coordinatewise": True, "num_draws": 1_000, "num_timed": 1_000},
-    **{"num_particles": 256, "tune_grid": False},
+    **{"num_particles": 256, "tune": False},
 }
 CELLS = (
     Cell(**GMM9, scale=3.0, smallest_scale=0.18, methods=PLAIN, **LONG, octaves=4),
@@ -345,7 +346,8 @@ def judge(cell, method, sampler, params, num_steps, num_draws, seed, args):
     calls = drawn.evaluations_per_path.network
     found = {"num_draws": num_draws, "calls_per_draw": calls}
     if method != "teacher_dpm" and (method != "cdds" or num_steps in STUDENT_STEPS):
-        found |= weigh(keys[0], cell.target, few, params, num_draws, place, mesh)
+        rest = cell.target, params, num_draws, place, mesh
+        found |= weigh(keys[0], few, *rest, tune=tunes(cell, method, num_steps))
     draws = ds.draw(keys[1], *given, num_draws, mesh=mesh)
     found |= shape(cell.target, draws.x)
     num_repeats = FEW_REPEATS
@@ -358,11 +360,15 @@ def judge(cell, method, sampler, params, num_steps, num_draws, seed, args):
         num = NUM_POINTS * num_repeats
         points = ds.draw(keys[2], *given, num, mesh=mesh).x
         found |= far(cell.target, seed, points, num_repeats)
-    if num_steps == 8 and method == "teacher" and cell.tune_grid:
+    if num_steps == 8 and method == "teacher" and cell.tune:
         tuned = ds.tune_time_grid(keys[3], few, params, target.energy)
         found["tuned_gain"] = tuned.elbo_after - tuned.elbo_before
         found["tuned_gain_error"] = tuned.standard_error
     return found
+
+
+def tunes(cell, method, num_steps):
+    return cell.tune and method in ONE_STEP and num_steps in FEW
 
 
 def num_draws_of(cell, num_steps, args):

@@ -102,14 +102,22 @@ def nuts_draws(name, folder):
 # -------------------------------------------------------------------- with weights
 
 
-def weigh(key, name, sampler, params, num_draws, folder, mesh=None):
+def weigh(key, sampler, name, params, num_draws, folder, mesh=None, *, tune=False):
     """Log Z, its bounds and how far weights can be trusted.
 
-    The lower bound is of ``num_draws`` paths, the upper one of as many from exact
-    draws, or of half of the NUTS chains; the probe is of the other half.
+    With ``tune`` kernels have the widths of `tune_widths`. The lower bound is of
+    ``num_draws`` paths, the upper one of as many from exact draws, or of half of the
+    NUTS chains; the probe is of the other half.
     """
     target = truth(name).target
     keys, found = jax.random.split(key, 3), {}
+    if tune:
+        for_widths = jax.random.fold_in(key, 3)
+        tuned = ds.tune_widths(for_widths, sampler, params, target.energy)
+        sampler, found["widths"] = tuned.sampler, tuned.sampler.widths
+        found["untuned_pareto_k"] = tuned.pareto_k_before
+        found["untuned_ess"] = tuned.ess_before
+        found["tuning_network_evaluations"] = tuned.num_network_evaluations
     if target.sample is not None:
         exact = np.asarray(target.sample(keys[0], NUM_POINTS + num_draws))
         probe, exact = exact[:NUM_POINTS], exact[NUM_POINTS:]

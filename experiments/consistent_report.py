@@ -31,6 +31,7 @@ GROUPS = (
         ("EUBO gap", "eubo_gap", "{:.3f}", float),
         ("ESS", "ess", "{:.3f}", lambda v: -v),
         ("k-hat", "pareto_k", "{:.2f}", float),
+        ("untuned", "untuned_pareto_k", "{:.2f}", float),
         ("draws", "num_weighted", "{:.0f}", lambda v: -v),
     ),
     (

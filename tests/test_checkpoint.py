@@ -134,6 +134,8 @@ def _samplers():
         ),
     )
     yield "tied", ds.samplers.scds(3, 4, learn_generation_variance=True, loc=loc)
+    widened = dataclasses.replace(ds.samplers.dis(3, 5), widths=ds.Widths(0.1, -0.2))
+    yield "widths", widened
     yield "conditional", ds.samplers.dis(3, 5, condition_dim=2, network=TINY)
     yield "gmp", ds.samplers.gmp(3, 2, 5, loc=loc, scale=scale)
     yield (

@@ -52,6 +52,7 @@ MAY_IMPORT = {
     "parallel_in_time": LOW | {"deterministic"},
     "not_bounds": LOW | {"deterministic"},
     "time_grids": LOW | {"schedules", "sampler"},
+    "widths": LOW | {"diagnostics", "sampler"},
     # the four independent choices
     "samplers": MACHINE,
     "objectives": MACHINE,
