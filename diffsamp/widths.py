@@ -39,7 +39,7 @@ from diffsamp.types import ArrayLike, Energy, Key, Params, as_count
 
 _COSTS = (0.0, 0.01, 0.03, 0.1, 0.3)  # in nats of the ELBO, of kernels that were exact
 _LEAST_ESS = 0.8  # of the largest of all pairs
-_LIGHT = 0.3  # a k-hat that stays below 0.5 of many more draws
+_LIGHT, _EVEN = 0.3, 0.9  # k-hat and effective sample fraction of what is left as is
 _CHUNK = 1_024  # paths at a time
 
 
@@ -79,11 +79,12 @@ def tune_widths(
 ) -> TunedWidths:
     """Gives a trained sampler's kernels the noise with which weights have light tails.
 
-    Where k-hat is above 0.3, twenty-five pairs of widths are tried on ``num_draws``
-    paths each, of the same random numbers. Of those with at least 80 % of the largest
-    effective sample size the one with the smallest k-hat is taken, if on fresh paths,
-    too, it is smaller than the given sampler's. Draw with what is returned: its weights
-    are as exact as any, and it was chosen on other draws.
+    Unless k-hat is at most 0.3 and the effective sample size at least 90 %, twenty-five
+    pairs of widths are tried on ``num_draws`` paths each, of the same random numbers.
+    Of those with at least 80 % of the largest effective sample size the one with the
+    smallest k-hat is taken, if on fresh paths, too, it is smaller than the given
+    sampler's. Draw with what is returned: its weights are as exact as any, and it was
+    chosen on other draws.
 
     Args:
         key: random key; consumed.
@@ -145,7 +146,7 @@ def tune_widths(
     for_choice, for_judging = jax.random.split(as_key(key))
     before, num_judged = judge(for_judging, sampler.widths), 1
     after = before
-    if before[0] > _LIGHT:
+    if before[0] > _LIGHT or before[1] < _EVEN:
         widths = choose(for_choice, sampler.widths)
         found, num_judged = judge(for_judging, widths), 2 + len(_COSTS) ** 2
         if found[0] < before[0]:
