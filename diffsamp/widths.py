@@ -32,6 +32,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from diffsamp import evidence
 from diffsamp.diagnostics import effective_sample_fraction, pareto_smooth
 from diffsamp.energies import as_energy, as_key
 from diffsamp.sampler import Sampler, Widths
@@ -53,6 +54,9 @@ class TunedWidths(NamedTuple):
         pareto_k_after: k-hat of the other's weights, from the same random numbers.
         ess_before: effective sample fraction of the given one.
         ess_after: of the other.
+        elbo_before: mean log-weight of the given one; the higher one where its kernels
+            were fitted by a divergence.
+        elbo_after: of the other.
         num_energy_evaluations: energies evaluated alone.
         num_gradient_evaluations: energies evaluated with their gradient.
         num_network_evaluations: control evaluations.
@@ -63,6 +67,8 @@ class TunedWidths(NamedTuple):
     pareto_k_after: float
     ess_before: float
     ess_after: float
+    elbo_before: float
+    elbo_after: float
     num_energy_evaluations: int
     num_gradient_evaluations: int
     num_network_evaluations: int
@@ -130,8 +136,9 @@ def tune_widths(
     def judge(key, widths):
         rest = params, key, energy, condition
         found = np.asarray(log_weights(Widths(*widths), *rest), np.float64).ravel()
+        found = np.where(np.isnan(found), -np.inf, found)
         k = float(pareto_smooth(found).pareto_k)
-        return k, float(effective_sample_fraction(found))
+        return k, float(effective_sample_fraction(found)), evidence.elbo(found)[0]
 
     def choose(key, old):
         scale = 2 / math.sqrt(sampler.num_steps * sampler.dim)
@@ -139,8 +146,8 @@ def tune_widths(
         both = itertools.product(added, repeat=2)
         pairs = [Widths(old.generation + g, old.destruction - d) for g, d in both]
         tried = [judge(key, pair) for pair in pairs]
-        enough = _LEAST_ESS * max(ess for _, ess in tried)
-        allowed = [(k, i) for i, (k, ess) in enumerate(tried) if ess >= enough]
+        enough = _LEAST_ESS * max(ess for _, ess, _ in tried)
+        allowed = [(k, i) for i, (k, ess, _) in enumerate(tried) if ess >= enough]
         return pairs[min(allowed)[1]]
 
     for_choice, for_judging = jax.random.split(as_key(key))
@@ -159,6 +166,8 @@ def tune_widths(
         pareto_k_after=after[0],
         ess_before=before[1],
         ess_after=after[1],
+        elbo_before=before[2],
+        elbo_after=after[2],
         num_energy_evaluations=num_paths * price.energy,
         num_gradient_evaluations=num_paths * price.gradient,
         num_network_evaluations=num_paths * price.network,

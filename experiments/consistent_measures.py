@@ -117,6 +117,7 @@ def weigh(key, sampler, name, params, num_draws, folder, mesh=None, *, tune=Fals
         sampler, found["widths"] = tuned.sampler, tuned.sampler.widths
         found["untuned_pareto_k"] = tuned.pareto_k_before
         found["untuned_ess"] = tuned.ess_before
+        found["untuned_elbo"] = tuned.elbo_before
         found["tuning_network_evaluations"] = tuned.num_network_evaluations
     if target.sample is not None:
         exact = np.asarray(target.sample(keys[0], NUM_POINTS + num_draws))
@@ -146,6 +147,8 @@ def weigh(key, sampler, name, params, num_draws, folder, mesh=None, *, tune=Fals
     if target.log_z is not None:
         found["log_z_error"] = found["log_z"] - target.log_z
         found["elbo_gap"] = target.log_z - found["elbo"]
+        if tune:
+            found["untuned_elbo_gap"] = target.log_z - found["untuned_elbo"]
         found["eubo_gap"] = found["eubo"] - target.log_z
         found["log_z_true_error"] = 0.0
     if has_moments(target):

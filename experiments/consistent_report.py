@@ -28,6 +28,7 @@ GROUPS = (
         ("its standard error", "log_z_standard_error", "{:.3f}", float),
         ("ELBO", "elbo", "{:.3f}", lambda v: -v),
         ("its gap", "elbo_gap", "{:.3f}", float),
+        ("untuned", "untuned_elbo_gap", "{:.3f}", float),
         ("EUBO gap", "eubo_gap", "{:.3f}", float),
         ("ESS", "ess", "{:.3f}", lambda v: -v),
         ("k-hat", "pareto_k", "{:.2f}", float),
@@ -170,6 +171,15 @@ def log_z_error(one, method):
     return sizes if bars is None or math.isfinite(bars) else math.inf
 
 
+def elbo_gap(one, method):
+    """The largest at few steps, of kernels as trained: widths cost a part of it."""
+    for name in ("untuned_elbo_gap", "elbo_gap"):
+        found = size_of(name, FEW)(one, method)
+        if found is not None:
+            return found
+    return None
+
+
 def largest_k_hat(one, method):
     values = [value_of(one(method, k), "pareto_k") for k in FEW]
     return None if None in values else max(values)
@@ -249,8 +259,8 @@ AIMS = (
     Aim("funnel_hard mw52", LOG_Z, 0.2, log_z_error),
     Aim(WEIGHED, f"{LOG_Z}, any k-hat", None, size_of("log_z_error", FEW)),
     Aim(WEIGHED, "k-hat, 1 to 8 steps", 0.7, largest_k_hat),
-    Aim("ionosphere", "ELBO gap, 1 to 8 steps", 1.0, size_of("elbo_gap", FEW)),
-    Aim("lgcp_whitened", "ELBO gap, 1 to 8 steps", None, size_of("elbo_gap", FEW)),
+    Aim("ionosphere", "ELBO gap, 1 to 8 steps", 1.0, elbo_gap),
+    Aim("lgcp_whitened", "ELBO gap, 1 to 8 steps", None, elbo_gap),
     Aim(ALL, "network calls over the teacher's", 0.01, share_of_calls),
     Aim(ALL, "wall time over the teacher's", 0.02, share_of_time),
     Aim(ALL, "draws to break even with the teacher", None, break_even),

@@ -52,7 +52,7 @@ MAY_IMPORT = {
     "parallel_in_time": LOW | {"deterministic"},
     "not_bounds": LOW | {"deterministic"},
     "time_grids": LOW | {"schedules", "sampler"},
-    "widths": LOW | {"diagnostics", "sampler"},
+    "widths": LOW | {"diagnostics", "evidence", "sampler"},
     # the four independent choices
     "samplers": MACHINE,
     "objectives": MACHINE,

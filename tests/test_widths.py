@@ -117,6 +117,9 @@ def test_a_way_back_that_is_too_wide_gets_narrower():
     assert draws.diagnostics.pareto_k < 0.5
     assert draws.log_evidence.estimate == pytest.approx(LOG_Z_OF_ENERGY, abs=0.02)
     assert draws.diagnostics.ess_fraction == pytest.approx(tuned.ess_after, abs=0.02)
+    lower = draws.log_evidence.lower
+    assert lower == pytest.approx(tuned.elbo_after, abs=0.02)
+    assert lower > tuned.elbo_before + 0.05  # it was no good way back
     num_paths = 27 * 16_384
     assert tuned.num_energy_evaluations == num_paths
     assert tuned.num_gradient_evaluations == 0
