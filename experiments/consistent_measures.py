@@ -28,6 +28,7 @@ LEVELS = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 NUM_WELLS = {"mw54": 5, "mw52": 5}  # in the first coordinates; the others are N(0, 1)
 NUM_CHAINS = 16
 PILOT = ds.short_mcmc(num_chains=16)  # which says what coordinates are of use
+CURVATURES = {"ionosphere": 16, "lgcp_whitened": 64}  # Hessians, of which the mean is
 NUTS = {"ionosphere": (400, 1_000), "lgcp_whitened": (300, 128)}  # warm-up and draws
 
 
@@ -57,7 +58,9 @@ def standardised(target):
     Prior and likelihood are left behind, for nothing here asks for either alone.
     """
     draws, num_evaluations = PILOT(jax.random.key(2**31 - 3), target)
-    affine = affine_from_curvature(draws, target.energy)
+    num_points = CURVATURES[target.name]
+    affine = affine_from_curvature(draws, target.energy, num_points=num_points)
+    num_evaluations += num_points * target.dim  # a gradient and its slope, each
 
     def constrain(y):
         x = affine.forward(y)

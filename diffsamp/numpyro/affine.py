@@ -86,6 +86,8 @@ def affine_from_curvature(
         draws: points, [N, D]; their mean is ``loc``.
         energy: maps [D] to [].
         num_points: draws at which there is a Hessian, [D, D], spread over all of them.
+            Where every coordinate has a curvature of its own, the worst of many
+            coordinates asks for more.
 
     Raises:
         ValueError: as `affine_from`; when num_points is not from 1 to N, or the mean
