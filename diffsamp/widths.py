@@ -15,7 +15,7 @@ although ELBO, ESS and log Z are good. More noise in p and less in q take it awa
     s_p -> exp(g / 2) s_p,    s_q -> exp(d / 2) s_q,    g >= 0 >= d,
 
 after which z_p counts for less, and z_q for more. Kernels that were exact would lose
-(exp(a) - 1 - a) / 2, about a^2 / 4 with a = |g| or |d|, of the ELBO per step and
+(exp(a) - 1 - a) / 2, about a^2 / 4 with a = g or -d, of the ELBO per step and
 coordinate: K D a^2 / 4 in all. `tune_widths` tries a few such costs for each, and takes
 what has the lightest tail. Weights are exact with all of them (`Sampler.widths`).
 """

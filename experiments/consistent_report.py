@@ -84,6 +84,9 @@ def table(args):
         lines += [f"{title}:", "", *markdown(heads, body), ""]
     heads = ["target", "at one call", "at most", *ONE_STEP]
     lines += ["Claims:", "", *markdown(heads, claims(everything)), ""]
+    heads = ["method", *(f"{k} step{'s' * (k > 1)}" for k in FEW)]
+    lines += ["Errors of log Z over their error bars, root mean square (mean):", ""]
+    lines += [*markdown(heads, calibration(rows)), ""]
     note = (
         f"Mean (worst) over seeds, {described(everything[0])}. A student's kernels are "
         "trained for weights at 1, 2, 4 and 8 steps, and weighed there. What failed or "
@@ -367,6 +370,32 @@ def failures(rows):
     return [*lines, ""] if lines else []
 
 
+def calibration(rows):
+    """Errors of log Z in their error bars, by method and few steps: one, if those hold.
+
+    Of rows with an error bar; the root mean square over targets and seeds, and the
+    mean, which is below zero where something is out of reach.
+    """
+    body = []
+    for method in ONE_STEP:
+        line = [method]
+        for k in FEW:
+            own = [r for r in rows if (r["method"], r["num_steps"]) == (method, k)]
+            bars = [(r.get("log_z_error"), r.get("log_z_standard_error")) for r in own]
+            # As far as log Z itself is known.
+            known = [r.get("log_z_true_error", 0.0) for r in own]
+            found = [
+                error / math.hypot(bar, true)
+                for (error, bar), true in zip(bars, known, strict=True)
+                if error is not None and bar is not None
+            ]
+            size = f"{np.sqrt(np.mean(np.square(found))):.1f}" if found else "-"
+            mean = f"{np.mean(found):+.1f}" if found else "-"
+            line.append(f"{size} ({mean}) of {len(found)}")
+        body.append(line)
+    return body
+
+
 def others(rows):
     """Learned time grids, where there are any."""
     return [
@@ -446,8 +475,9 @@ def plot(args):
     folder = args.draws or args.files[0].parent / "consistent"
     for target in targets:
         if any(folder.glob(f"{target}_*_1.npy")):
-            figure, axes = panels(1, 2 + len(METHODS), 3)
-            cloud(axes[0], folder, target)
+            found = clouds(pathlib.Path(folder), target)
+            figure, axes = panels(1, len(found), 3)
+            draw_clouds(axes[0], found, target)
             save(figure, f"draws_{target}")
 
 
@@ -526,27 +556,38 @@ def finest_on_disk(folder, target, method):
     return max((int(name.rsplit("_", 1)[1]) for name in names), default=0)
 
 
-def cloud(axes, folder, target):
-    """Draws in one step beside exact ones: two coordinates, or one whole field."""
-    is_field = target.startswith("lgcp")
-    exact, beside = ds.targets.by_name(target).sample, folder / f"{target}_nuts.npy"
-    true = np.load(beside)[:2_000] if beside.exists() else None
-    if exact is not None:
-        true = np.asarray(exact(jax.random.key(0), 2_000))
+def clouds(folder, target):
+    """Points by title: exact ones, the teacher's finest, and everyone's in one step.
+
+    Only of what there are draws of.
+    """
     whole = max(finest_on_disk(folder, target, "teacher"), 1)
-    shown = [("truth", 1), ("teacher", whole), *((method, 1) for method in METHODS)]
-    for axis, (name, num_steps) in zip(axes, shown, strict=True):
-        of_steps = f", {num_steps} step{'s' if num_steps > 1 else ''}"
-        axis.set_title(name if name == "truth" else name + of_steps)
-        pattern = f"{target}_{name}_[0-9]*_{num_steps}.npy"
-        files = sorted(pathlib.Path(folder).glob(pattern))
-        x = np.load(files[0]) if files else true if name == "truth" else None
-        if x is not None and is_field:
+    shown = [("teacher", whole), *((method, 1) for method in METHODS)]
+    found, exact = {}, ds.targets.by_name(target).sample
+    beside = folder / f"{target}_nuts.npy"
+    if exact is not None:
+        found["truth"] = np.asarray(exact(jax.random.key(0), 2_000))
+    elif beside.exists():
+        found["truth"] = np.load(beside)[:2_000]
+    for name, num_steps in shown:
+        files = sorted(folder.glob(f"{target}_{name}_[0-9]*_{num_steps}.npy"))
+        if files:
+            title = f"{name}, {num_steps} step{'s' * (num_steps > 1)}"
+            found[title] = np.load(files[0])
+    return found
+
+
+def draw_clouds(axes, found, target):
+    """Two coordinates of the points, or the field that the first of them stands for."""
+    true = found.get("truth")
+    for axis, (title, x) in zip(axes, found.items(), strict=True):
+        axis.set_title(title)
+        if target.startswith("lgcp"):
             field = np.asarray(truth(target).target.constrain(x[0]))
             axis.imshow(field.reshape(math.isqrt(len(field)), -1))
-        elif x is not None:
-            axis.plot(*x[:, :2].T, ".", markersize=1)
-        if true is not None and not is_field:
+            continue
+        axis.plot(*x[:, :2].T, ".", markersize=1)
+        if true is not None:
             low, high = np.quantile(true[:, :2], [0.002, 0.998], axis=0)
             margin = 0.15 * (high - low)
             low, high = low - margin, high + margin

@@ -847,6 +847,21 @@ def test_consistent_tables_name_violated_bounds():
     assert f"not finite: {label}." in said
 
 
+def test_consistent_says_how_far_error_bars_hold():
+    calibration = _script("consistent_report").calibration
+    row = {"method": "cdds", "num_steps": 2, "log_z_error": 0.03}
+    rows = [
+        row | {"log_z_standard_error": 0.01},
+        row | {"log_z_error": -0.05, "log_z_standard_error": 0.03}
+        | {"log_z_true_error": 0.04},
+        row | {"log_z_standard_error": None},
+        row | {"method": "teacher", "log_z_standard_error": 0.01},
+    ]  # fmt: skip
+    found = {method: cells for method, *cells in calibration(rows)}
+    assert found["cdds"] == ["- (-) of 0", "2.2 (+1.0) of 2", *["- (-) of 0"] * 2]
+    assert set(found["scds"]) == {"- (-) of 0"}
+
+
 def test_consistent_claims_hold_for_the_worst_seed():
     report, rows = _script("consistent_report"), []
     for seed, error in ((0, 0.02), (1, 0.035)):
@@ -1125,7 +1140,7 @@ def test_every_kind_of_target_gets_through_consistent(
     target, tmp_path, arguments, small_consistent, monkeypatch, capsys
 ):
     """Modes and none, exact draws and none, every network: against late crashes."""
-    small = {**SMALL_CELL, "num_steps": 2, "tune_grid": False}
+    small = {**SMALL_CELL, "num_steps": 2, "tune": False}
     cells = [c for c in _script("consistent").CELLS if c.target == target]
     script = small_consistent(*(dataclasses.replace(c, **small) for c in cells))
     monkeypatch.setattr(script, "STEPS", (1, 2))
