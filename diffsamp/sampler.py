@@ -190,13 +190,12 @@ class Sampler:
 
     Raises:
         ValueError: when dim or num_steps is below 1, loc or scale has another length
-            than dim or is not finite, scale is not positive, ``widths`` are not two
-            finite numbers, a network is no control
-            or was built for another noise schedule, finest is below 1 or not a multiple
-            of num_steps, it is 1 and the destruction kernel is learned, the process
-            starts from a point mass and a prior is given, or a network of
-            `networks.tied` is that of destruction, or of generation with a backbone, or
-            without a flow that something trains.
+            than dim or is not finite, scale is not positive, widths are not two finite
+            numbers, a network is no control or was built for another noise schedule,
+            finest is below 1 or not a multiple of num_steps, it is 1 and the
+            destruction kernel is learned, the process starts from a point mass and a
+            prior is given, or a network of `networks.tied` is that of destruction, or
+            of generation with a backbone, or without a flow that something trains.
     """
 
     dim: int
@@ -222,10 +221,11 @@ class Sampler:
             object.__setattr__(
                 self, name, _numbers(name, getattr(self, name), self.dim)
             )
-        if len(self.widths) != 2 or not np.all(np.isfinite(self.widths)):
+        if np.shape(self.widths) != (2,) or not np.all(np.isfinite(self.widths)):
             raise ValueError(
                 "widths must be what is added to the log-variances of generation and "
-                f"of destruction, two finite numbers, got {self.widths}"
+                f"of destruction, two finite numbers, got {self.widths}; (0.0, 0.0) "
+                "leaves the kernels as trained, ds.tune_widths chooses"
             )
         object.__setattr__(self, "widths", Widths(*map(float, self.widths)))
         if not np.all(np.asarray(self.scale) > 0):
@@ -387,10 +387,13 @@ class Sampler:
     def with_num_steps(self, num_steps: int) -> Sampler:
         """The same sampler, same parameters, on a grid of ``num_steps`` steps.
 
+        Widths, which are those of one number of steps, do not come along to another.
+
         Raises:
             ValueError: when it does not divide `finest`, where that is given.
         """
-        return dataclasses.replace(self, num_steps=num_steps)
+        widths = self.widths if num_steps == self.num_steps else Widths()
+        return dataclasses.replace(self, num_steps=num_steps, widths=widths)
 
     # -- what objectives, behaviours and drawing call ---------------------------------
 

@@ -7,17 +7,19 @@ step adds to the log-weight, per coordinate,
     z_p = (x' - m_p) / s_p,    z_q = (x - m_q) / s_q.
 
 Under p, z_p is N(0, 1), and exp(z_p^2 / 2) alone has no finite mean: its tail is that
-of a Pareto law with k = 1. Where the two kernels are each other's inverse, z_q^2 and
-the next step take it back. Where they nearly are, which is as far as divergences go
-that ask what happens on the average, some of the tail stays, and k-hat is above 0.7
-although ELBO, ESS and log Z are good. More noise in p and less in q take it away:
+of a Pareto law with k = 1, up to a logarithm. Where the two kernels are each other's
+inverse, z_q^2 and the next step take it back. Where they nearly are, which is as far as
+divergences go that ask what happens on the average, some of the tail stays, and k-hat
+is above 0.7 although ELBO, ESS and log Z are good. More noise in p and less in q,
 
     s_p -> exp(g / 2) s_p,    s_q -> exp(d / 2) s_q,    g >= 0 >= d,
 
-after which z_p counts for less, and z_q for more. Kernels that were exact would lose
-(exp(a) - 1 - a) / 2, about a^2 / 4 with a = g or -d, of the ELBO per step and
-coordinate: K D a^2 / 4 in all. `tune_widths` tries a few such costs for each, and takes
-what has the lightest tail. Weights are exact with all of them (`Sampler.widths`).
+take it away: z_p has its law as before, but the way back sees its draws further out, in
+units of a smaller s_q. Where z_q = c z_p, k falls from 1 - c^2 to 1 - c^2 exp(g - d).
+Kernels that were exact would lose (exp(a) - 1 - a) / 2, about a^2 / 4, of the ELBO per
+step and coordinate by a = g or a = -d alone, K D a^2 / 4 in all, and up to twice the
+sum by both. `tune_widths` tries a few such costs for each, and takes what has the
+lightest tail. Weights are exact with all of them (`Sampler.widths`).
 """
 
 from __future__ import annotations
@@ -54,8 +56,7 @@ class TunedWidths(NamedTuple):
         pareto_k_after: k-hat of the other's weights, from the same random numbers.
         ess_before: effective sample fraction of the given one.
         ess_after: of the other.
-        elbo_before: mean log-weight of the given one; the higher one where its kernels
-            were fitted by a divergence.
+        elbo_before: mean log-weight of the given one, usually the higher one.
         elbo_after: of the other.
         num_energy_evaluations: energies evaluated alone.
         num_gradient_evaluations: energies evaluated with their gradient.
@@ -90,19 +91,21 @@ def tune_widths(
     Of those with at least 80 % of the largest effective sample size the one with the
     smallest k-hat is taken, if on fresh paths, too, it is smaller than the given
     sampler's. Draw with what is returned: its weights are as exact as any, and it was
-    chosen on other draws.
+    chosen on other draws. Of a conditional sampler the widths are those of one
+    condition.
 
     Args:
         key: random key; consumed.
         sampler: with the number of steps that is wanted.
         params: its parameters, which stay as they are.
         energy: maps [D] to [].
-        num_draws: paths for each pair; rounded up to a multiple of 1,024.
+        num_draws: paths for each of up to 27 sets; rounded up to a multiple of 1,024,
+            which run at a time.
         condition: [condition_dim], where the sampler has one.
 
     Raises:
-        ValueError: when ``num_draws`` is not positive, or energy, params or condition
-            do not fit the sampler.
+        ValueError: when ``num_draws`` is not positive, ``sampler`` is a flow, which has
+            no kernels, or energy, params or condition do not fit it.
 
     Example:
         >>> import jax, diffsamp as ds
@@ -117,6 +120,11 @@ def tune_widths(
         True
     """
     num_chunks = math.ceil(as_count("num_draws", num_draws, 1) / _CHUNK)
+    if not isinstance(sampler, Sampler):
+        raise ValueError(
+            f"sampler must be a ds.Sampler, got a {type(sampler).__name__}; a flow has "
+            "no kernels, give the sampler that it is the flow of"
+        )
     sampler.check_energy(energy, condition)
     sampler.check_params(params)
     energy = as_energy(energy)

@@ -144,9 +144,15 @@ def test_the_flow_alone_has_no_widths():
     assert alone.widths == ds.Widths()
 
 
+def test_widths_are_those_of_one_number_of_steps():
+    sampler = dataclasses.replace(ds.samplers.dis(2, 4), widths=WIDTHS)
+    assert sampler.with_num_steps(4) == sampler
+    assert sampler.with_num_steps(2) == ds.samplers.dis(2, 2)
+
+
 def test_bad_input():
     sampler = one_step()
-    for widths in ((0.1,), (0.1, np.inf), (0.1, 0.2, 0.3)):
+    for widths in (0.1, (0.1,), (0.1, np.inf), (0.1, 0.2, 0.3)):
         with pytest.raises(ValueError, match="widths must be what is added to the log"):
             dataclasses.replace(sampler, widths=widths)
     params = sampler.init(KEY)
@@ -154,5 +160,8 @@ def test_bad_input():
         ds.tune_widths(KEY, sampler, params, energy, num_draws=0)
     with pytest.raises(ValueError, match="params are not those of this sampler"):
         ds.tune_widths(KEY, sampler, {"generation": ()}, energy)
+    flow = ds.probability_flow(ds.samplers.dis(2, 2))
+    with pytest.raises(ValueError, match=r"sampler must be a ds\.Sampler, got"):
+        ds.tune_widths(KEY, flow, params, energy)
     with pytest.raises(ValueError, match="condition"):
         ds.tune_widths(KEY, sampler, params, energy, condition=jnp.ones(1))

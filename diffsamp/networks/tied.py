@@ -86,8 +86,9 @@ def tied(flow: Control, residual: Control, log_variance: float = -4.0) -> Tied:
             log-variances; `free`, for one, with ``learn_variance=True`` and
             ``step_conditioned=True``.
         log_variance: added to the log-variances that the residual returns, relative to
-            the reference's: where training starts. The student of `samplers.cdds`,
-            whose process has next to no noise anyhow, starts at that.
+            the reference's, and bounded with them (`sampler.Bounds`): where training
+            starts. The student of `samplers.cdds`, whose process has next to no noise
+            anyhow, starts at that.
 
     Raises:
         ValueError: when either is no control, or tied itself, or ``log_variance`` is
