@@ -14,7 +14,7 @@ from diffsamp import batching, evidence, meshes, probes
 from diffsamp import diagnostics as judging
 from diffsamp.deterministic import ProbabilityFlow
 from diffsamp.diagnostics import Diagnostics
-from diffsamp.energies import as_energy, as_key
+from diffsamp.energies import as_condition, as_energy, as_key
 from diffsamp.sampler import Sampler
 from diffsamp.types import ArrayLike, Energy, Key, LogEvidence, Params, as_count
 
@@ -140,7 +140,7 @@ def draw(
             f"{sampler.why_no_weight}"
         )
     key, energy, mesh = as_key(key), as_energy(energy), meshes.as_mesh(mesh)
-    condition = _as_condition(condition)
+    condition = as_condition(condition)
     sampler.check_params(params)
     sampler.check_energy(energy, condition)
     final = batching.draw_final(
@@ -228,7 +228,7 @@ def log_weights_of(
     x = jnp.asarray(x, jax.dtypes.canonicalize_dtype(float))
     if x.ndim != 2 or x.shape[1] != sampler.dim or x.shape[0] == 0:
         raise ValueError(f"x must have shape [M, {sampler.dim}], got {list(x.shape)}")
-    condition = _as_condition(condition)
+    condition = as_condition(condition)
     sampler.check_params(params)
     sampler.check_energy(energy, condition)
     return batching.trace_back_log_weights(
@@ -241,9 +241,3 @@ def log_weights_of(
         condition,
         meshes.as_mesh(mesh),
     )
-
-
-def _as_condition(condition: ArrayLike | None) -> jax.Array | None:
-    if condition is None:
-        return None
-    return jnp.asarray(condition, jax.dtypes.canonicalize_dtype(float))

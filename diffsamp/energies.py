@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
 
-from diffsamp.types import Array, Energy, Key
+from diffsamp.types import Array, ArrayLike, Energy, Key
 
 
 def as_key(key: Any) -> Key:
@@ -28,6 +28,13 @@ def as_key(key: Any) -> Key:
         "key must be one jax.random.key(seed) or one raw uint32 key of shape [2]; vmap "
         f"over several. Got {type(key).__name__} of dtype {dtype} and shape {shape}"
     )
+
+
+def as_condition(condition: ArrayLike | None) -> Array | None:
+    """A condition as an array of the default float type; None stays None."""
+    if condition is None:
+        return None
+    return jnp.asarray(condition, jax.dtypes.canonicalize_dtype(float))
 
 
 def as_points(name: str, draws: Any) -> Array:

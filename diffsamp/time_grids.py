@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from diffsamp.energies import as_energy, as_key
+from diffsamp.energies import as_condition, as_energy, as_key
 from diffsamp.sampler import Sampler, Step
 from diffsamp.schedules import FixedGrid
 from diffsamp.types import Array, ArrayLike, Energy, Key, Params
@@ -99,8 +99,7 @@ def tune_time_grid(
     sampler.check_energy(energy, condition)
     for_training, for_judging = jax.random.split(as_key(key))
     energy = as_energy(energy)
-    if condition is not None:
-        condition = jnp.asarray(condition, jax.dtypes.canonicalize_dtype(float))
+    condition = as_condition(condition)
     old = sampler.process.coefficients(sampler.num_steps).times
     optimizer = optax.adam(learning_rate)
 

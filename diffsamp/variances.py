@@ -14,10 +14,9 @@ import math
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from diffsamp.energies import as_energy, as_key
+from diffsamp.energies import as_condition, as_energy, as_key
 from diffsamp.sampler import VARIANCE_LIMIT, Sampler
 from diffsamp.types import ArrayLike, Energy, Key, Params, as_count
 
@@ -81,10 +80,13 @@ def variance_ratios(
         ([1.0, 1.0, 1.0, 1.0, 1.0], None)
     """
     num_paths = as_count("num_paths", num_paths)
-    if condition is not None:
-        condition = jnp.asarray(condition, jax.dtypes.canonicalize_dtype(float))
     log_ratio = _log_ratios(
-        sampler, num_paths, as_key(key), params, as_energy(energy), condition
+        sampler,
+        num_paths,
+        as_key(key),
+        params,
+        as_energy(energy),
+        as_condition(condition),
     )
     log_ratio = np.asarray(log_ratio, np.float64)
     quantiles = np.exp(np.quantile(log_ratio, LEVELS, axis=(0, 2))).T

@@ -26,17 +26,17 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import itertools
 import math
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from diffsamp import evidence
 from diffsamp.diagnostics import effective_sample_fraction, pareto_smooth
-from diffsamp.energies import as_energy, as_key
+from diffsamp.energies import as_condition, as_energy, as_key
 from diffsamp.sampler import Sampler, Widths
 from diffsamp.types import ArrayLike, Energy, Key, Params, as_count
 
@@ -127,23 +127,12 @@ def tune_widths(
         )
     sampler.check_energy(energy, condition)
     sampler.check_params(params)
-    energy = as_energy(energy)
-    if condition is not None:
-        condition = jnp.asarray(condition, jax.dtypes.canonicalize_dtype(float))
-
-    @jax.jit
-    def log_weights(widths, params, key, energy, condition):
-        tried = copy.copy(sampler)
-        object.__setattr__(tried, "widths", widths)  # traced, and never leaves this
-        keys = jax.random.split(key, (num_chunks, _CHUNK))
-        run = jax.vmap(tried.final, in_axes=(None, 0, None, None))
-        return jax.lax.map(
-            lambda keys: run(params, keys, energy, condition).log_weight, keys
-        )
+    given = params, as_energy(energy), as_condition(condition)
 
     def judge(key, widths):
-        rest = params, key, energy, condition
-        found = np.asarray(log_weights(Widths(*widths), *rest), np.float64).ravel()
+        keys = jax.random.split(key, (num_chunks, _CHUNK))
+        found = np.asarray(_log_weights(sampler, widths, keys, *given), np.float64)
+        found = found.ravel()
         found = np.where(np.isnan(found), -np.inf, found)
         k = float(pareto_smooth(found).pareto_k)
         return k, float(effective_sample_fraction(found)), evidence.elbo(found)[0]
@@ -179,4 +168,14 @@ def tune_widths(
         num_energy_evaluations=num_paths * price.energy,
         num_gradient_evaluations=num_paths * price.gradient,
         num_network_evaluations=num_paths * price.network,
+    )
+
+
+@functools.partial(jax.jit, static_argnames="sampler")
+def _log_weights(sampler, widths, keys, params, energy, condition):
+    tried = copy.copy(sampler)
+    object.__setattr__(tried, "widths", widths)  # traced, and never leaves this
+    run = jax.vmap(tried.final, in_axes=(None, 0, None, None))
+    return jax.lax.map(
+        lambda keys: run(params, keys, energy, condition).log_weight, keys
     )

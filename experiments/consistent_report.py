@@ -20,6 +20,7 @@ METHODS = TEACHERS + ONE_STEP
 FEW = (1, 2, 4, 8)
 NUM_DRAWS = 100_000  # for which calls are counted
 LEAST_SEEDS = 3
+BAR = "log_z_standard_error"
 
 GROUPS = (
     (
@@ -171,7 +172,7 @@ def size_of(name, steps=(1,), away_from=0.0):
 def log_z_error(one, method):
     """The largest at few steps; infinite where the weights know no error bar."""
     sizes = size_of("log_z_error", FEW)(one, method)
-    bars = size_of("log_z_standard_error", FEW)(one, method)
+    bars = size_of(BAR, FEW)(one, method)
     return sizes if bars is None or math.isfinite(bars) else math.inf
 
 
@@ -383,13 +384,10 @@ def calibration(rows):
         line = [method]
         for k in FEW:
             own = [r for r in rows if (r["method"], r["num_steps"]) == (method, k)]
-            bars = [(r.get("log_z_error"), r.get("log_z_standard_error")) for r in own]
-            # As far as log Z itself is known.
-            known = [r.get("log_z_true_error", 0.0) for r in own]
             found = [
-                error / math.hypot(bar, true)
-                for (error, bar), true in zip(bars, known, strict=True)
-                if error is not None and bar is not None
+                r["log_z_error"] / math.hypot(bar, r.get("log_z_true_error", 0.0))
+                for r in own
+                if None not in (r.get("log_z_error"), bar := r.get(BAR))
             ]
             size = f"{np.sqrt(np.mean(np.square(found))):.1f}" if found else "-"
             mean = f"{np.mean(found):+.1f}" if found else "-"
